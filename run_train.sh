@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Train a recipe with torchrun; sets up what it needs on the first start.
+#
+#   ./run_train.sh [RECIPE.toml] [--section.key=value ...]
+#
+# RECIPE.toml       default: train_configs/llama3_debug.toml
+# --section.key=..  overrides, as in --training.steps=100; docs/configuration.md lists all keys
+#
+# Environment:
+#   NPROC           ranks on this node; default: its accelerators, else 2
+#   NNODES          nodes; default 1
+#   RDZV_ENDPOINT   HOST:PORT of the rendezvous, for more than one node
+#   LOG_RANK        ranks whose log is shown, as in 0,3; default 0
+#   OMP_NUM_THREADS threads of a rank; default: cores over ranks
+#   PYTHON          interpreter for the first set-up; default: python3
+#
+# Exit codes: 0 done, 1 a rank failed, 2 a mistake in recipe, overrides or environment.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+for argument in "$@"; do
+  case $argument in
+    -h | --help)
+      sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+      exit 0
+      ;;
+  esac
+done
+# shellcheck source=bootstrap.sh
+. "$root/bootstrap.sh"
+bootstrap core
+exec "$python" -m torchtitan_lite.launch "$@"

@@ -1,0 +1,1 @@
+"""Checkpoints: what is in one (manager) and when one exists (storage)."""

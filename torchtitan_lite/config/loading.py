@@ -1,0 +1,167 @@
+"""From a recipe and overrides to a JobConfig: TOML, `extends`, command line, strict in keys and types."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan_lite.config import rules
+from torchtitan_lite.config.decoding import check_bounds, decode, nearest
+from torchtitan_lite.config.schema import JobConfig
+from torchtitan_lite.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# Sections of TorchTitan 0.2.2 that have no part here yet: its recipes get a plain answer, not a riddle.
+_NOT_YET = ("activation_checkpoint", "compile", "profiling", "quantize", "fault_tolerance", "experimental")
+
+
+def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Read a recipe with everything it extends, apply `--section.key=value` overrides, check the rules.
+
+    Later wins: defaults, then `extends`, then the recipe, then overrides from left to right.
+    Raises UserError (file, key, mend) for whatever cannot be read or must not be.
+    """
+    values: dict[str, Any] = {}
+    for path, table in _layers(Path(recipe)):
+        _take(table, JobConfig, "", str(path), values)
+    for override in overrides:
+        key, text = split_override(override)
+        annotation = _annotation(key, f"--{key}")
+        _take(_nest(key, _override_value(text, annotation)), JobConfig, "", "", values)
+    config: JobConfig = _build(JobConfig, "", values)
+    for rule in rules.RULES:
+        rule(config)
+    return config
+
+
+def split_override(argument: str) -> tuple[str, str]:
+    """`--section.key=value` as (`section.key`, `value`)."""
+    key, equals, text = argument.partition("=")
+    if not key.startswith("--") or "." not in key:
+        raise UserError(f"argument {argument}: expected --section.key=value, as in --training.steps=100")
+    if not equals:
+        raise UserError(f"argument {argument}: no value; write {key}=VALUE in one word")
+    return key[2:], text
+
+
+def run_folder(config: JobConfig, recipe: str | Path) -> Path:
+    """job.dump_folder, or outputs/ and the recipe's name."""
+    return Path(config.job.dump_folder or Path("outputs") / Path(recipe).stem)
+
+
+def _layers(recipe: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The chain of `extends` from its root down to the recipe."""
+    layers: list[tuple[Path, dict[str, Any]]] = []
+    path, seen = recipe, []
+    while True:
+        if path.resolve() in seen:
+            raise UserError(f"{recipe}: extends itself through {path}; break the circle")
+        seen.append(path.resolve())
+        table = _read_toml(path, recipe if path is not recipe else None)
+        parent = table.pop("extends", None)
+        layers.insert(0, (path, table))
+        if parent is None:
+            return layers
+        if not isinstance(parent, str):
+            raise UserError(f'{path}: extends = {parent}: expected the path of one recipe, as in extends = "base.toml"')
+        path = path.parent / parent
+
+
+def _read_toml(path: Path, extended_by: Path | None) -> dict[str, Any]:
+    by = f" (extended by {extended_by})" if extended_by else ""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        folder = path.parent
+        names = [p.name for p in folder.glob("*.toml")] if folder.is_dir() else []
+        raise UserError(f"{path}{by}: no such recipe{nearest(path.name, names)}") from None
+    except OSError as error:
+        raise UserError(f"{path}{by}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}{by}: is not UTF-8 text, so no TOML recipe") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}{by}: not valid TOML: {error}") from None
+
+
+def _take(table: dict[str, Any], schema: type, prefix: str, source: str, values: dict[str, Any]) -> None:
+    """Check every entry of `table` against `schema` and keep it in `values` under its dotted name."""
+    known = {f.name: f for f in fields(schema)}
+    at = f"{source}: " if source else ""
+    for key, value in table.items():
+        name = prefix + key
+        if key not in known:
+            raise UserError(f"{at}{_unknown(name, prefix, list(known))}")
+        field = known[key]
+        if is_dataclass(field.type):
+            if not isinstance(value, dict):
+                raise UserError(f"{at}{name} = {value}: is a section; write [{name}] and its keys under it")
+            _take(value, field.type, name + ".", source, values)  # type: ignore[arg-type]
+            continue
+        where = f"{at}{name}" if source else f"--{name}"
+        values[name] = decode(value, field.type, where)
+        check_bounds(values[name], field.metadata, where)
+
+
+def _unknown(name: str, prefix: str, siblings: list[str]) -> str:
+    section = name.split(".")[0]
+    if section in _NOT_YET:
+        return f"section [{section}] is not built yet; remove it"
+    hint = nearest(name, list(leaf_names(JobConfig))) or nearest(name.removeprefix(prefix), siblings)
+    what = "unknown key" if prefix else "unknown section or key"
+    return f"{what} {name}{hint or '; there are: ' + ', '.join(siblings)}"
+
+
+def leaf_names(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key below a section class."""
+    for field in fields(schema):
+        if is_dataclass(field.type):
+            yield from leaf_names(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+        else:
+            yield prefix + field.name
+
+
+def _annotation(key: str, where: str) -> Any:
+    schema: Any = JobConfig
+    done = ""
+    for part in key.split("."):
+        known = {f.name: f.type for f in fields(schema)} if is_dataclass(schema) else {}
+        if part not in known:
+            raise UserError(f"{where}: {_unknown(key, done, list(known))}")
+        schema, done = known[part], f"{done}{part}."
+    if is_dataclass(schema):
+        raise UserError(f"{where}: is a section; name one of its keys: {', '.join(leaf_names(schema, key + '.'))}")  # type: ignore[arg-type]
+    return schema
+
+
+def _override_value(text: str, annotation: Any) -> Any:
+    """The text as TOML, or as a bare string; a string key takes it as it stands, quotes optional."""
+    if annotation is str:
+        quoted = len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'"
+        return text[1:-1] if quoted else text
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return parsed["value"] if len(parsed) == 1 else text
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _build(schema: type, prefix: str, values: dict[str, Any]) -> Any:
+    arguments = {}
+    for field in fields(schema):
+        name = prefix + field.name
+        if is_dataclass(field.type):
+            arguments[field.name] = _build(field.type, name + ".", values)  # type: ignore[arg-type]
+        elif name in values:
+            arguments[field.name] = values[name]
+    return schema(**arguments)

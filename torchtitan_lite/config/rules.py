@@ -1,0 +1,63 @@
+"""Rules across keys, one function each: the name says the rule, the message gives values and the mend.
+
+They need the recipe alone. What also needs the world size or the model is checked in preflight.
+"""
+
+from collections.abc import Callable
+
+from torchtitan_lite.config.schema import JobConfig
+from torchtitan_lite.errors import UserError
+
+
+def text_dataset_needs_a_path(config: JobConfig) -> None:
+    if config.training.dataset == "text" and not config.training.dataset_path:
+        raise UserError('training.dataset = "text" needs training.dataset_path: a file or a folder of UTF-8 files')
+
+
+def stdlib_dataset_takes_no_path(config: JobConfig) -> None:
+    training = config.training
+    if training.dataset == "python_stdlib" and training.dataset_path:
+        raise UserError(
+            f'training.dataset_path = "{training.dataset_path}" has no effect with training.dataset = "python_stdlib"; '
+            'set training.dataset = "text" or remove the path'
+        )
+
+
+def outside_spec_takes_no_name(config: JobConfig) -> None:
+    if config.model.spec and config.model.name != type(config.model)().name:
+        raise UserError(
+            f'model.spec = "{config.model.spec}" and model.name = "{config.model.name}" both choose a model; keep one'
+        )
+
+
+def schedule_covers_the_run(config: JobConfig) -> None:
+    total, steps = config.lr_scheduler.total_steps, config.training.steps
+    if total != -1 and total < steps:
+        raise UserError(
+            f"lr_scheduler.total_steps = {total} ends before training.steps = {steps}; raise it or leave it at -1"
+        )
+
+
+def validation_needs_a_held_out_part(config: JobConfig) -> None:
+    if config.validation.enable and config.data.validation_fraction == 0.0:
+        raise UserError("validation.enable = true needs data.validation_fraction above 0, as in 0.02")
+
+
+def folders_stay_in_the_run_folder(config: JobConfig) -> None:
+    for name, folder in (
+        ("checkpoint.folder", config.checkpoint.folder),
+        ("metrics.save_tb_folder", config.metrics.save_tb_folder),
+    ):
+        parts = folder.replace("\\", "/").split("/")
+        if not folder.strip() or folder.startswith("/") or ".." in parts or parts == ["."]:
+            raise UserError(f'{name} = "{folder}": expected the name of a folder inside the run folder')
+
+
+RULES: tuple[Callable[[JobConfig], None], ...] = (
+    text_dataset_needs_a_path,
+    stdlib_dataset_takes_no_path,
+    outside_spec_takes_no_name,
+    schedule_covers_the_run,
+    validation_needs_a_held_out_part,
+    folders_stay_in_the_run_folder,
+)

@@ -1,0 +1,266 @@
+"""Every setting a recipe may hold, with its type, default, bounds and meaning.
+
+Section and key names are TorchTitan 0.2.2's wherever the concept is the same. The text under a field is
+its documentation: error messages and docs/configuration.md are made from it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def setting(
+    default: Any,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    auto: int | None = None,
+) -> Any:
+    """A field with bounds: `minimum` and `maximum` inclusive, `above` exclusive, `auto` exempt from all."""
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "auto": auto}
+    return field(default=default, metadata={name: value for name, value in bounds.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Job:
+    """The run as a whole."""
+
+    dump_folder: str = ""
+    """Folder of the run, where everything is written and from where it resumes. Empty: outputs/ and the
+    recipe's name."""
+
+    description: str = ""
+    """A line for readers of logs and config.json."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is trained."""
+
+    name: str = "llama3"
+    """Model family, one of those registered."""
+
+    flavor: str = "debugmodel"
+    """Size within the family."""
+
+    spec: str = ""
+    """Import path `package.module:SPEC` of a ModelSpec from outside; takes the place of `name`."""
+
+    tokenizer_path: str = ""
+    """A sentencepiece .model file. Empty: one is trained on the corpus once and cached."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Data, batch, length and precision of the run."""
+
+    dataset: Literal["python_stdlib", "text"] = "python_stdlib"
+    """`python_stdlib`: the source files of the Python that runs this. `text`: every UTF-8 file under
+    `dataset_path`, a document each."""
+
+    dataset_path: str = ""
+    """A file or folder for dataset `text`."""
+
+    local_batch_size: int = setting(8, minimum=1)
+    """Samples of a data-parallel rank in one forward pass, at most."""
+
+    global_batch_size: int = setting(-1, minimum=1, auto=-1)
+    """Samples of one step over all ranks. -1: local_batch_size x data-parallel ranks. More than the ranks
+    hold at once is reached by gradient accumulation; a rank count that does not divide it is legal."""
+
+    seq_len: int = setting(2048, minimum=1)
+    """Tokens a sample is trained on; a sample holds one more, for the last label."""
+
+    max_norm: float = setting(1.0, above=0.0)
+    """Gradients are scaled down to this global L2 norm; inf leaves them as they are."""
+
+    steps: int = setting(10_000, minimum=1)
+    """Optimizer steps of the whole run, those before a resume included."""
+
+    mixed_precision_param: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of parameters and activations in forward and backward; master weights stay float32."""
+
+    mixed_precision_reduce: Literal["float32"] = "float32"
+    """Type in which gradients are reduced over ranks."""
+
+    gc_freq: int = setting(50, minimum=1)
+    """Steps between Python garbage collections; in between the collector is off, on all ranks alike."""
+
+
+@dataclass(frozen=True)
+class Parallelism:
+    """Degrees of each mesh axis; their product is the world size."""
+
+    data_parallel_replicate_degree: int = setting(1, minimum=1)
+    """Copies of the model. With a shard degree of 1: DDP; with a larger one: HSDP."""
+
+    data_parallel_shard_degree: int = setting(-1, minimum=1, auto=-1)
+    """Ranks over which parameters are sharded (FSDP2). -1: all that the other degrees leave."""
+
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Whether a block's parameters are freed after its forward. `default`: always without a pipeline."""
+
+    tensor_parallel_degree: int = setting(1, minimum=1)
+    """Ranks that share each matrix product."""
+
+    context_parallel_degree: int = setting(1, minimum=1)
+    """Ranks that share each sequence."""
+
+    pipeline_parallel_degree: int = setting(1, minimum=1)
+    """Ranks that each hold some of the layers."""
+
+    expert_parallel_degree: int = setting(1, minimum=1)
+    """Ranks that share the experts of a mixture."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and which parameters decay."""
+
+    name: Literal["AdamW"] = "AdamW"
+    """Optimizer (Loshchilov and Hutter, arXiv:1711.05101)."""
+
+    lr: float = setting(8e-4, minimum=0.0)
+    """Peak learning rate."""
+
+    beta1: float = setting(0.9, minimum=0.0, maximum=1.0)
+    """Decay of the mean of gradients."""
+
+    beta2: float = setting(0.95, minimum=0.0, maximum=1.0)
+    """Decay of the mean of squared gradients."""
+
+    eps: float = setting(1e-8, above=0.0)
+    """Added to the root of the second moment."""
+
+    weight_decay: float = setting(0.1, minimum=0.0)
+    """Decoupled weight decay of the parameters not excluded."""
+
+    weight_decay_exclude: list[str] = field(default_factory=lambda: ["*norm*", "*.bias"])
+    """Patterns (fnmatch) of parameter names that do not decay; `[]` decays all."""
+
+    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
+    """`fused`: one kernel. `foreach`: one call per operation for all parameters. `for-loop`: one call per
+    operation and parameter."""
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """Warm-up, stable part and decay (WSD, arXiv:2404.06395)."""
+
+    warmup_steps: int = setting(200, minimum=0)
+    """Steps over which the learning rate rises linearly to its peak."""
+
+    total_steps: int = setting(-1, minimum=1, auto=-1)
+    """Length of the schedule. -1: training.steps."""
+
+    decay_ratio: float = setting(-1.0, minimum=0.0, maximum=1.0, auto=-1)
+    """Part of the schedule that decays, at its end. -1: all that follows the warm-up."""
+
+    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
+    """Shape of the decay."""
+
+    min_lr_factor: float = setting(0.0, minimum=0.0, maximum=1.0)
+    """Floor of the decay, as a part of the peak."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Saving and resuming."""
+
+    enable: bool = False
+    """Save every `interval` steps and at the end, and resume from the latest on start."""
+
+    folder: str = "checkpoint"
+    """Folder of checkpoints inside the run folder."""
+
+    interval: int = setting(500, minimum=1)
+    """Steps between checkpoints."""
+
+    keep_latest_k: int = setting(10, minimum=0)
+    """Checkpoints to keep; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Loss on the part of the corpus that is held out of training."""
+
+    enable: bool = False
+    """Validate every `freq` steps and after the last one."""
+
+    local_batch_size: int = setting(8, minimum=1)
+    """Samples of a rank in one forward pass."""
+
+    freq: int = setting(10, minimum=1)
+    """Training steps between validations."""
+
+    steps: int = setting(-1, minimum=1, auto=-1)
+    """Global batches of local_batch_size x data-parallel ranks per validation. -1: the whole held-out part."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What is logged, and where."""
+
+    log_freq: int = setting(10, minimum=1)
+    """Steps between lines on the console, in metrics.jsonl and in TensorBoard."""
+
+    enable_tensorboard: bool = True
+    """Write TensorBoard events."""
+
+    save_tb_folder: str = "tb"
+    """TensorBoard folder inside the run folder."""
+
+    log_sample_ids: bool = False
+    """Write samples.jsonl: the global sample ids of every step, in the order of the global batch."""
+
+
+@dataclass(frozen=True)
+class Comm:
+    """Time-outs of collectives."""
+
+    init_timeout_seconds: int = setting(300, minimum=1)
+    """From the start to the end of the first step."""
+
+    train_timeout_seconds: int = setting(100, minimum=1)
+    """After the first step."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Preparation of the corpus."""
+
+    cache_folder: str = ""
+    """Where tokenizers and token shards are kept, for all runs. Empty: $TORCHTITAN_LITE_CACHE, else
+    torchtitan_lite in the user's cache folder."""
+
+    validation_fraction: float = setting(0.02, minimum=0.0, maximum=0.5)
+    """Part of the documents that is held out for validation, chosen by a hash of each document's name."""
+
+
+@dataclass(frozen=True)
+class Debug:
+    """Reproducibility."""
+
+    seed: int = setting(42, minimum=0, maximum=2**63 - 1)
+    """Seed of initial weights and of the order of samples."""
+
+    deterministic: bool = False
+    """Deterministic kernels only; an operation without one raises."""
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """A recipe: one field a section."""
+
+    job: Job = field(default_factory=Job)
+    model: Model = field(default_factory=Model)
+    training: Training = field(default_factory=Training)
+    parallelism: Parallelism = field(default_factory=Parallelism)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    validation: Validation = field(default_factory=Validation)
+    metrics: Metrics = field(default_factory=Metrics)
+    comm: Comm = field(default_factory=Comm)
+    data: Data = field(default_factory=Data)
+    debug: Debug = field(default_factory=Debug)

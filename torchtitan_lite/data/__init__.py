@@ -1,0 +1,1 @@
+"""From files to micro-batches: sources, tokenizer, prepared shards, global order, loader."""

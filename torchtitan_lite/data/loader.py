@@ -1,0 +1,94 @@
+"""This rank's micro-batches, as a pure function of (position, rank, ranks)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchtitan_lite.config.resolution import BatchPlan
+from torchtitan_lite.data.order import sample_at
+from torchtitan_lite.data.prepare import Prepared, Split
+from torchtitan_lite.optim.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. tokens, labels: int64 [batch, seq]; a label of IGNORE has no loss."""
+
+    tokens: Tensor
+    labels: Tensor
+
+
+class SampleStore:
+    """Samples of seq_len + 1 tokens over the memory-mapped shards of a split.
+
+    Sample i starts at token i * seq_len: its last token, a label only, is the first input of the next.
+    """
+
+    def __init__(self, prepared: Prepared, split: Split, seq_len: int) -> None:
+        dtype = np.dtype(prepared.dtype).newbyteorder("<")
+        self._shards = [np.memmap(prepared.folder / name, dtype=dtype, mode="r") for name in split.files]
+        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self.seq_len = seq_len
+        self.samples = split.samples(seq_len)
+
+    def read(self, sample: int) -> np.ndarray:
+        """Tokens of a sample: [seq_len + 1]."""
+        start = sample * self.seq_len
+        stop = start + self.seq_len + 1
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        parts = []
+        while start < stop:
+            end = int(self._ends[shard])
+            offset = end - len(self._shards[shard])
+            parts.append(self._shards[shard][start - offset : min(stop, end) - offset])
+            start, shard = end, shard + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def batch(self, samples: Sequence[int], size: int) -> Batch:
+        """A micro-batch of `size` rows: the samples, then zero-weight rows."""
+        rows = torch.zeros((size, self.seq_len + 1), dtype=torch.int64)
+        for row, sample in enumerate(samples):
+            rows[row] = torch.from_numpy(self.read(sample).astype(np.int64))
+        labels = rows[:, 1:].clone()
+        labels[len(samples) :] = IGNORE
+        return Batch(rows[:, :-1].contiguous(), labels)
+
+
+class TrainLoader:
+    """Micro-batches of training steps. `position` counts samples of the global order consumed so far: with
+    seed and fingerprint it is the whole state."""
+
+    def __init__(self, store: SampleStore, plan: BatchPlan, batch_rank: int, seed: int) -> None:
+        self._store, self._plan, self._seed = store, plan, seed
+        self._share = plan.share(batch_rank)
+        self.position = 0
+
+    def sample_ids(self) -> list[int]:
+        """Global ids of the coming step's samples, in the order of the global batch."""
+        return [self._id(index) for index in range(self._plan.global_batch_size)]
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the coming step; moves `position` past the global batch."""
+        ids = [self._id(index) for index in self._share]
+        size = self._plan.microbatch_size
+        batches = [self._store.batch(ids[i * size : (i + 1) * size], size) for i in range(self._plan.microbatches)]
+        self.position += self._plan.global_batch_size
+        return batches
+
+    def _id(self, index: int) -> int:
+        return sample_at(self.position + index, self._store.samples, self._seed)
+
+
+def validation_batches(store: SampleStore, size: int, steps: int, batch_rank: int, batch_ranks: int) -> Iterator[Batch]:
+    """The held-out samples in file order, `size` to a rank and step, the last step filled with zero-weight rows.
+
+    steps: global batches at most; -1 all. Every rank gets the same number of batches.
+    """
+    per_step = size * batch_ranks
+    available = -(-store.samples // per_step)
+    for step in range(available if steps == -1 else min(steps, available)):
+        start = step * per_step + batch_rank * size
+        yield store.batch(range(start, min(start + size, store.samples)), size)

@@ -1,0 +1,247 @@
+"""Tokenise a corpus once, into memory-mapped shards that every later run shares.
+
+What makes a cache imports what it needs; what finds one there imports next to nothing.
+
+Layout of a prepared corpus: `prepared.json` and `train-00000.bin`, `validation-00000.bin`, ... of raw
+little-endian tokens, documents in the order of their names, each between a begin and an end token.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from hashlib import blake2b, sha256
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torchtitan_lite.config.schema import Data, Training
+from torchtitan_lite.data.sources import Corpus, find_corpus
+from torchtitan_lite.errors import UserError
+
+_FORMAT = 1  # raise it when what preparation writes changes; caches of another format are left alone
+_SHARD_TOKENS = 1 << 28
+_BATCH = 64  # documents tokenised in one call
+LARGEST_TRAINED_VOCABULARY = 32_768
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The token shards of one part of the corpus, in order, with their tokens and documents in all."""
+
+    files: tuple[str, ...]
+    tokens: int
+    documents: int
+
+    def samples(self, seq_len: int) -> int:
+        """Samples of seq_len + 1 tokens, each sharing its last token with the next."""
+        return max(0, (self.tokens - 1) // seq_len)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenised corpus on disk.
+
+    fingerprint: of all tokens and the tokenizer; equal fingerprints are equal data.
+    dtype: numpy name of the tokens' type.
+    """
+
+    folder: Path
+    tokenizer_path: Path
+    tokenizer_fingerprint: str
+    vocab_size: int
+    fingerprint: str
+    dtype: str
+    train: Split
+    validation: Split
+
+
+def prepare(training: Training, data: Data, tokenizer_path: str, vocab_size: int) -> Prepared:
+    """Find the corpus, train or load the tokenizer, tokenise; each at most once, then read from the cache.
+
+    vocab_size: the model's; a trained tokenizer has as many pieces, up to LARGEST_TRAINED_VOCABULARY.
+    Processes that want the same cache at once wait for the one that makes it. Raises UserError.
+    """
+    cache = _cache_folder(data)
+    corpus = find_corpus(training)
+    if tokenizer_path:
+        model = Path(tokenizer_path).expanduser()
+    else:
+        model = _trained_tokenizer(cache, corpus, min(vocab_size, LARGEST_TRAINED_VOCABULARY))
+    try:
+        model_bytes = model.read_bytes()
+    except OSError as error:
+        raise UserError(f'model.tokenizer_path = "{model}": cannot be read: {error.strerror}') from None
+    fingerprint = sha256(model_bytes).hexdigest()
+    key = _key("corpus", corpus.signature, fingerprint, str(data.validation_fraction))
+    folder = _published(
+        cache, f"corpus-{key}", "prepared.json", lambda folder: _tokenise(folder, corpus, model, data.validation_fraction)
+    )
+    prepared = _read(folder, model)
+    if prepared.vocab_size > vocab_size:
+        raise UserError(
+            f'model.tokenizer_path = "{model}" has {prepared.vocab_size} pieces, the model a vocabulary of '
+            f"{vocab_size}; choose a flavor that holds them or another tokenizer"
+        )
+    return prepared
+
+
+def require_samples(prepared: Prepared, seq_len: int, validating: bool) -> None:
+    """Raise UserError where a part of the corpus that the run needs does not hold one sample."""
+    train, held_out = prepared.train, prepared.validation
+    if not train.samples(seq_len):
+        raise UserError(
+            f"training.seq_len = {seq_len}: the training part of the corpus has {train.tokens} tokens and a sample "
+            f"needs {seq_len + 1}; use more text or a shorter seq_len"
+        )
+    if validating and not held_out.samples(seq_len):
+        raise UserError(
+            f"validation.enable = true: the held-out part has {held_out.documents} documents with {held_out.tokens} "
+            f"tokens and a sample needs {seq_len + 1}; raise data.validation_fraction or use more text"
+        )
+
+
+def _cache_folder(data: Data) -> Path:
+    named = data.cache_folder or os.environ.get("TORCHTITAN_LITE_CACHE", "")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(named).expanduser() if named else Path(base) / "torchtitan_lite"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "not writable")
+    except OSError as error:
+        raise UserError(f"cache folder {folder}: {error.strerror}; set data.cache_folder to one that can be written") from None
+    return folder
+
+
+def _key(*parts: str) -> str:
+    return blake2b("\0".join((str(_FORMAT), *parts)).encode(), digest_size=8).hexdigest()
+
+
+def _trained_tokenizer(cache: Path, corpus: Corpus, vocab_size: int) -> Path:
+    def make(folder: Path) -> None:
+        from torchtitan_lite.data.tokenizer import train_tokenizer
+
+        logger.info("training a tokenizer of %d pieces on %d documents", vocab_size, len(corpus.names))
+        model = train_tokenizer((text for _, text in corpus.documents()), vocab_size, os.cpu_count() or 1)
+        (folder / "tokenizer.model").write_bytes(model)
+
+    folder = _published(cache, f"tokenizer-{_key(corpus.signature, str(vocab_size))}", "tokenizer.model", make)
+    return folder / "tokenizer.model"
+
+
+def _published(cache: Path, name: str, member: str, make: Callable[[Path], None]) -> Path:
+    """The folder `cache/name`, made by `make` in a temporary one and renamed when it is whole."""
+    final = cache / name
+    if (final / member).exists():
+        return final
+    with _lock(cache / f"{name}.lock"):
+        if not (final / member).exists():
+            temporary = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=cache))
+            try:
+                make(temporary)
+                temporary.chmod(0o755)
+                temporary.rename(final)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an advisory lock; it goes with the process, so a killed holder blocks nobody."""
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("waiting for another process that prepares %s", path.stem)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _tokenise(folder: Path, corpus: Corpus, model: Path, validation_fraction: float) -> None:
+    from tqdm import tqdm
+
+    from torchtitan_lite.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    logger.info("tokenising %d documents", len(corpus.names))
+    writers = {split: _ShardWriter(folder, split, dtype) for split in ("train", "validation")}
+    documents = iter(tqdm(corpus.documents(), total=len(corpus.names), unit="document", disable=None, leave=False))
+    while batch := list(islice(documents, _BATCH)):
+        encoded = tokenizer.encode_all([text for _, text in batch], threads=os.cpu_count() or 1)
+        for (name, _), ids in zip(batch, encoded, strict=True):
+            split = "validation" if _held_out(name, validation_fraction) else "train"
+            writers[split].add([tokenizer.bos_id, *ids, tokenizer.eos_id])
+    splits = {split: writer.close() for split, writer in writers.items()}
+    fingerprint = sha256(tokenizer.fingerprint.encode())
+    for writer in writers.values():
+        fingerprint.update(writer.digest.digest())
+    summary = {
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "fingerprint": fingerprint.hexdigest(),
+        "dtype": dtype,
+        **{split: asdict(part) for split, part in splits.items()},
+    }
+    logger.info("prepared %d training tokens and %d held out, in %s", splits["train"].tokens, splits["validation"].tokens, folder.parent)
+    (folder / "prepared.json").write_text(json.dumps(summary, indent=1))
+
+
+def _held_out(name: str, fraction: float) -> bool:
+    """By a hash of the name: a document stays on its side when others come or go."""
+    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") < fraction * 2**64
+
+
+class _ShardWriter:
+    """Appends documents to `split-00000.bin` and starts a new file after _SHARD_TOKENS tokens."""
+
+    def __init__(self, folder: Path, split: str, dtype: str) -> None:
+        import numpy as np
+
+        self._folder, self._split = folder, split
+        self._pack = partial(np.asarray, dtype=np.dtype(dtype).newbyteorder("<"))
+        self._files: list[str] = []
+        self._tokens = self._documents = 0
+        self._room = 0
+        self._handle: Any = None
+        self.digest = sha256()
+
+    def add(self, ids: list[int]) -> None:
+        if self._room <= 0:
+            self._next_file()
+        raw = self._pack(ids).tobytes()
+        self._handle.write(raw)
+        self.digest.update(raw)
+        self._tokens += len(ids)
+        self._documents += 1
+        self._room -= len(ids)
+
+    def close(self) -> Split:
+        if self._handle is not None:
+            self._handle.close()
+        return Split(tuple(self._files), self._tokens, self._documents)
+
+    def _next_file(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+        self._files.append(f"{self._split}-{len(self._files):05d}.bin")
+        self._handle = (self._folder / self._files[-1]).open("wb")
+        self._room = _SHARD_TOKENS
+
+
+def _read(folder: Path, tokenizer_path: Path) -> Prepared:
+    summary = json.loads((folder / "prepared.json").read_text())
+    for name in ("train", "validation"):
+        part = summary[name]
+        summary[name] = Split(tuple(part["files"]), part["tokens"], part["documents"])
+    return Prepared(folder=folder, tokenizer_path=tokenizer_path, **summary)

@@ -1,0 +1,108 @@
+"""Degrees of parallelism as pure arithmetic: which axes the mesh has, how long each is. No torch."""
+
+from dataclasses import dataclass
+from math import prod
+
+from torchtitan_lite.config.schema import Parallelism
+from torchtitan_lite.errors import UserError
+
+# Mesh axes from the outermost (slowest links) to the innermost (fastest links).
+AXES = {
+    "pp": "ranks that each hold some of the layers (pipeline_parallel_degree)",
+    "dp_replicate": "copies of the model (data_parallel_replicate_degree)",
+    "dp_shard": "ranks over which parameters are sharded (data_parallel_shard_degree)",
+    "cp": "ranks that share each sequence (context_parallel_degree)",
+    "tp": "ranks that share each matrix product (tensor_parallel_degree)",
+}
+_NOT_YET = {"pp": "pipeline", "cp": "context", "tp": "tensor", "ep": "expert"}
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """The degree of every axis; `ep` shares ranks with dp_shard and cp and is no axis of its own.
+
+    Ranks are laid out row-major over AXES: neighbours in rank differ in `tp` first.
+    """
+
+    dp_replicate: int
+    dp_shard: int
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for axis, degree in self.degrees.items():
+            if degree < 1:
+                raise UserError(f"degree of {axis} is {degree}: must be at least 1")
+        shared = self.dp_shard * self.cp
+        if shared % self.ep:
+            raise UserError(
+                f"parallelism.expert_parallel_degree = {self.ep} does not divide data_parallel_shard_degree x "
+                f"context_parallel_degree = {self.dp_shard} x {self.cp}; valid: {_divisors(shared)}"
+            )
+
+    @classmethod
+    def from_config(cls, parallelism: Parallelism, world_size: int) -> "ParallelDims":
+        """Degrees for `world_size` ranks, data_parallel_shard_degree = -1 filled in.
+
+        Raises UserError where the degrees do not fit the world size, with world sizes that would.
+        """
+        degrees = {
+            "pp": parallelism.pipeline_parallel_degree,
+            "dp_replicate": parallelism.data_parallel_replicate_degree,
+            "dp_shard": parallelism.data_parallel_shard_degree,
+            "cp": parallelism.context_parallel_degree,
+            "tp": parallelism.tensor_parallel_degree,
+        }
+        if degrees["dp_shard"] == -1:
+            others = prod(degree for axis, degree in degrees.items() if axis != "dp_shard")
+            if world_size % others:
+                raise UserError(
+                    f"{world_size} ranks cannot be shared out: {_product(degrees, skip='dp_shard')} = {others} does "
+                    f"not divide it; use a multiple of {others} ranks or lower a degree"
+                )
+            degrees["dp_shard"] = world_size // others
+        if (needed := prod(degrees.values())) != world_size:
+            raise UserError(
+                f"parallelism asks for {_product(degrees)} = {needed} ranks, there are {world_size}; use {needed} ranks "
+                "or set parallelism.data_parallel_shard_degree = -1 to take what is left"
+            )
+        return cls(**degrees, ep=parallelism.expert_parallel_degree)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Degree of each mesh axis, outermost first."""
+        return {axis: getattr(self, axis) for axis in AXES}
+
+    @property
+    def world_size(self) -> int:
+        return prod(self.degrees.values())
+
+    @property
+    def batch_ranks(self) -> int:
+        """Ranks that read different samples."""
+        return self.dp_replicate * self.dp_shard
+
+    def batch_rank(self, rank: int) -> int:
+        """The index of `rank` among the ranks that read different samples."""
+        return rank // (self.cp * self.tp) % self.batch_ranks
+
+    def refuse_what_is_not_built(self) -> None:
+        """Raise for every technique that has a degree but no code behind it yet."""
+        for axis, technique in _NOT_YET.items():
+            if (degree := getattr(self, axis)) > 1:
+                raise UserError(
+                    f"parallelism.{technique}_parallel_degree = {degree}: {technique} parallelism is not built yet; set it to 1"
+                )
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1) or "a single rank"
+
+
+def _product(degrees: dict[str, int], skip: str = "") -> str:
+    return " x ".join(f"{axis} {degree}" for axis, degree in degrees.items() if axis != skip)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -1,0 +1,84 @@
+"""This process among the others: device, process group, time-outs, threads, seeds."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from torchtitan_lite.config.schema import Comm, Debug
+from torchtitan_lite.errors import UserError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """rank, world_size: of this process. device: the one it computes on. device_name: as its vendor calls it."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    device_name: str
+
+
+def environment_ranks() -> tuple[int, int]:
+    """(rank, world size) as torchrun's environment has them; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(comm: Comm, debug: Debug) -> Runtime:
+    """Choose the device, join the process group, set threads and seeds."""
+    rank, world_size = environment_ranks()
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    _make_deterministic(debug, device)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(_backend(device), timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return Runtime(rank, world_size, device, name)
+
+
+def tighten_timeouts(seconds: int) -> None:
+    """Set the time-out of every process group: after the first step nothing waits for a compiler any more."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def require_equal_on_all_ranks(value: str, what: str) -> None:
+    """Raise UserError where a rank holds another `value`: nodes with different files train on different things."""
+    values: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    if others := [rank for rank, other in enumerate(values) if other != values[0]]:
+        raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {others[0]} has {values[others[0]]}")
+
+
+def stop() -> None:
+    dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} here; lower NPROC")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _backend(device: torch.device) -> str:
+    # gloo beside NCCL: checkpoints gather objects through CPU tensors.
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def _make_deterministic(debug: Debug, device: torch.device) -> None:
+    torch.manual_seed(debug.seed)
+    if debug.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = False

@@ -1,0 +1,1 @@
+"""Model families, a folder each, and the table that names them."""

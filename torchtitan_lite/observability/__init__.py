@@ -1,0 +1,1 @@
+"""What a run says of itself: log lines, metrics, events, memory, rates."""

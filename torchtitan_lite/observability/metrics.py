@@ -1,0 +1,68 @@
+"""Rates and records of the steps between two log lines. No torch, no sync: what is measured is handed in."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class StepClock:
+    """Times since the last record.
+
+    flops_per_token, tokens_per_step: of the whole step. devices: ranks that share it.
+    peak_tflops: of one device, None where unknown.
+    """
+
+    flops_per_token: float
+    tokens_per_step: int
+    devices: int
+    peak_tflops: float | None
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a window now."""
+        self._start = time.perf_counter()
+        self._data_time = 0.0
+        self._steps = 0
+
+    def took_data(self, seconds: float) -> None:
+        """Add the time in which a step waited for its data."""
+        self._data_time += seconds
+        self._steps += 1
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is no step: validation, checkpoints."""
+        paused = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - paused
+
+    def record(self) -> dict[str, Any]:
+        """step_time_s, data_time_s (means), tps (tokens/s and device), tflops (per device), mfu; starts anew."""
+        elapsed = time.perf_counter() - self._start
+        tps = self._steps * self.tokens_per_step / elapsed / self.devices
+        tflops = tps * self.flops_per_token / 1e12
+        record = {
+            "step_time_s": elapsed / self._steps,
+            "data_time_s": self._data_time / self._steps,
+            "tps": tps,
+            "tflops": tflops,
+            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+        }
+        self.restart()
+        return record
+
+
+def console_line(record: dict[str, Any], last_step: int) -> str:
+    """A record in the columns of the console."""
+    mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
+    width = len(str(last_step))
+    return (
+        f"step {record['step']:>{width}}/{last_step}  loss {record['loss']:7.4f}  grad_norm {record['grad_norm']:7.4f}  "
+        f"lr {record['lr']:.2e}  tps {record['tps']:>7,.0f}  tflops {record['tflops']:.3g}  mfu {mfu}  "
+        f"memory {record['memory_peak_gib']:.2f} GiB  data {record['data_time_s'] * 1000:.1f} ms"
+    )

@@ -1,0 +1,78 @@
+"""Where a run's records go: metrics.jsonl, events.jsonl, samples.jsonl, TensorBoard. One process writes."""
+
+import json
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+
+class RunLog:
+    """The run folder's JSON lines; a line is one write and one flush, so that a killed run leaves whole lines.
+
+    writes: whether this process is the one that does. attempt: starts of this run so far, this one included.
+    """
+
+    def __init__(self, folder: Path, writes: bool) -> None:
+        self._folder, self._writes = folder, writes
+        self.attempt = 1 + sum(event["event"] == "start" for event in read_lines(folder / "events.jsonl"))
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        self._append("metrics.jsonl", {**record, "attempt": self.attempt})
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        self._append("events.jsonl", {"event": event, "time": time.time(), "step": step, "attempt": self.attempt, **details})
+
+    def samples(self, step: int, ids: list[int]) -> None:
+        self._append("samples.jsonl", {"step": step, "ids": ids})
+
+    def _append(self, name: str, record: dict[str, Any]) -> None:
+        if self._writes:
+            with (self._folder / name).open("ab", buffering=0) as handle:
+                handle.write((json.dumps(record) + "\n").encode())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSON lines file; none where it is missing. A cut last line is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+class TensorBoard:
+    """Scalars to TensorBoard, written by a thread of its own: importing its writer would delay the second step."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._writer: Future[Any] = self._thread.submit(_open_writer, folder, first_step)
+        self._last: Future[None] | None = None
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        if self._last is not None and self._last.done():
+            self._last.result()  # a write that failed is raised here, one step late
+        self._last = self._thread.submit(self._write, step, time.time(), scalars)
+
+    def close(self) -> None:
+        self._thread.submit(lambda: self._writer.result().close())
+        self._thread.shutdown(wait=True)
+        if self._last is not None:
+            self._last.result()
+
+    def _write(self, step: int, at: float, scalars: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._writer.result().add_event(Event(wall_time=at, step=step, summary=Summary(value=values)))
+
+
+def _open_writer(folder: Path, first_step: int) -> Any:
+    """A writer whose readers drop what an earlier attempt logged at `first_step` or later."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(folder), flush_secs=10)
+    start = SessionLog(status=SessionLog.START)
+    writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
+    return writer

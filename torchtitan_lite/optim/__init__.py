@@ -1,0 +1,1 @@
+"""Loss, gradient norm, optimizer and learning rate."""

@@ -1,0 +1,155 @@
+"""Everything that can be known, checked and prepared before a process group starts. No torch.
+
+The launcher runs it once; each rank runs it again and finds the same, the corpus in the cache.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from torchtitan_lite.checkpoint.storage import published_steps
+from torchtitan_lite.config import JobConfig, load_config, run_folder
+from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve
+from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
+from torchtitan_lite.distributed.parallel_dims import ParallelDims
+from torchtitan_lite.errors import UserError
+from torchtitan_lite.models.registry import find_model
+from torchtitan_lite.models.spec import ModelSpec
+from torchtitan_lite.optim.schedule import Schedule, build_schedule
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """A recipe resolved for a world size. config holds no -1 that stands for something else any more."""
+
+    recipe: Path
+    config: JobConfig
+    dims: ParallelDims
+    batch: BatchPlan
+    schedule: Schedule
+    spec: ModelSpec
+    model_args: Any
+    folder: Path
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch_size * self.config.training.seq_len
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return self.folder / self.config.checkpoint.folder
+
+    def derived(self) -> list[tuple[str, str]]:
+        """What followed from recipe and world size, for the log: (what, value)."""
+        training = self.config.training
+        parameters = self.model_args.parameter_count()
+        return [
+            ("model", f"{self.spec.name} {self.config.model.flavor}, {parameters:,} parameters"),
+            ("mesh", f"{self.dims} of {self.dims.world_size}"),
+            (
+                "batch",
+                f"{self.batch.global_batch_size} samples of {training.seq_len} = {self.tokens_per_step:,} tokens a step; "
+                f"a rank runs {self.batch.microbatches} x {self.batch.microbatch_size}",
+            ),
+            ("schedule", f"{training.steps} steps to a peak of {self.schedule.peak:g}: {self.schedule}"),
+        ]
+
+
+def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> JobPlan:
+    """Load a recipe and resolve it for `world_size` ranks. Touches no file but recipes. Raises UserError."""
+    config = load_config(recipe, overrides)
+    dims = ParallelDims.from_config(config.parallelism, world_size)
+    dims.refuse_what_is_not_built()
+    spec, args = find_model(config.model)
+    folder = run_folder(config, recipe)
+    config = resolve(config, dims.dp_shard, dims.batch_ranks, str(folder))
+    _reshard_needs_shards(config, dims)
+    _sequence_fits_the_model(config, args)
+    batch = plan_batch(config.training.global_batch_size, config.training.local_batch_size, dims.batch_ranks)
+    schedule = build_schedule(config.lr_scheduler, config.optimizer.lr)
+    return JobPlan(Path(recipe), config, dims, batch, schedule, spec, args, folder)
+
+
+def prepare_job(plan: JobPlan) -> Prepared:
+    """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
+    _make_writable(plan.folder)
+    config = plan.config
+    prepared = prepare(config.training, config.data, config.model.tokenizer_path, plan.model_args.vocab_size)
+    require_samples(prepared, config.training.seq_len, config.validation.enable)
+    _refuse_another_run(plan, prepared)
+    return prepared
+
+
+def identity(plan: JobPlan, prepared: Prepared) -> dict[str, Any]:
+    """What may not change when a run is resumed."""
+    args = plan.model_args
+    shape = asdict(args) if is_dataclass(args) and not isinstance(args, type) else repr(args)
+    return {
+        "model": {"name": plan.spec.name, **shape} if isinstance(shape, dict) else shape,
+        "tokenizer": prepared.tokenizer_fingerprint,
+        "data": prepared.fingerprint,
+        "training.seq_len": plan.config.training.seq_len,
+        "debug.seed": plan.config.debug.seed,
+    }
+
+
+def finished_step(plan: JobPlan) -> int | None:
+    """The step of a checkpoint that already is at training.steps or past it; None where the run has more to do."""
+    steps = published_steps(plan.checkpoint_folder) if plan.config.checkpoint.enable else []
+    return steps[-1] if steps and steps[-1] >= plan.config.training.steps else None
+
+
+def _reshard_needs_shards(config: JobConfig, dims: ParallelDims) -> None:
+    policy = config.parallelism.fsdp_reshard_after_forward
+    if policy != "default" and dims.dp_shard == 1:
+        raise UserError(
+            f'parallelism.fsdp_reshard_after_forward = "{policy}" has no effect: no parameters are sharded on {dims}; '
+            'leave it at "default"'
+        )
+
+
+def _sequence_fits_the_model(config: JobConfig, args: Any) -> None:
+    if config.training.seq_len > args.max_seq_len:
+        raise UserError(
+            f"training.seq_len = {config.training.seq_len} is longer than the {args.max_seq_len} positions of "
+            f"{config.model.flavor}; shorten it"
+        )
+
+
+def _make_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'job.dump_folder = "{folder}": cannot be made: {error.strerror}; choose another') from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f'job.dump_folder = "{folder}": is not writable; choose another or change its permissions')
+
+
+def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
+    """A run folder continues the run that made it, or nothing."""
+    path = plan.folder / "config.json"
+    if not path.exists():
+        if published_steps(plan.checkpoint_folder):
+            raise UserError(f"{plan.folder}: holds checkpoints but no config.json; choose another job.dump_folder")
+        return
+    try:
+        before = json.loads(path.read_text())["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: is not a config.json of ours; choose another job.dump_folder or remove it") from None
+    now = json.loads(json.dumps(identity(plan, prepared)))
+    for key, value in _flat(now).items():
+        if (was := _flat(before).get(key)) != value:
+            raise UserError(
+                f"{plan.folder}: its run has {key} = {was}, this one {value}, which may not change on a resume; "
+                "choose another job.dump_folder or set it back"
+            )
+
+
+def _flat(table: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
