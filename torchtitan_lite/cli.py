@@ -1,0 +1,156 @@
+"""`torchtitan-lite COMMAND`, the same as `python -m torchtitan_lite COMMAND`."""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from math import prod
+from typing import Any, NoReturn
+
+from torchtitan_lite.config import load_config
+from torchtitan_lite.config.loading import split_override
+from torchtitan_lite.errors import UserError
+
+logger = logging.getLogger("torchtitan_lite")
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code: 0 success, 2 the user's mistake."""
+    try:
+        options, rest = _parser().parse_known_args(arguments)
+        for argument in rest:
+            split_override(argument)
+        if rest and not options.takes_overrides:
+            raise UserError(f"argument {rest[0]}: this command takes no overrides")
+        return int(options.run(options, rest))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        sys.stderr.close()
+        return 141
+
+
+def _parser() -> _Parser:
+    parser = _Parser("torchtitan-lite", description="PyTorch-native LLM pre-training.", allow_abbrev=False)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def command(parent: Any, name: str, run: Any, help: str, recipes: str = "one") -> _Parser:
+        sub: _Parser = parent.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(run=run, takes_overrides=recipes == "one")
+        if recipes == "one":
+            sub.add_argument("recipe", help="a TOML file")
+            sub.epilog = "Overrides follow as --section.key=value."
+        elif recipes == "many":
+            sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files")
+        return sub
+
+    command(commands, "train", _train, "check a recipe, prepare its data, train it with torchrun on this machine")
+    command(commands, "prepare", _prepare, "train the tokenizer and tokenise the corpus of a recipe, once")
+    config = commands.add_parser("config", help="show, check and document recipes", allow_abbrev=False)
+    actions = config.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
+    show = command(actions, "show", _show, "print a recipe with everything filled in")
+    show.add_argument("--world-size", type=_positive, help="also resolve it for that many ranks")
+    show.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    check = command(actions, "check", _check, "check recipes without running them", recipes="many")
+    check.add_argument("--world-size", type=_positive, help="ranks; default: the fewest that the degrees ask for")
+    check.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    command(actions, "docs", _docs, "print docs/configuration.md", recipes="none")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _train(options: argparse.Namespace, overrides: list[str]) -> int:
+    from torchtitan_lite import launch
+
+    return launch.main([options.recipe, *overrides])
+
+
+def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
+    from torchtitan_lite.data.prepare import prepare
+    from torchtitan_lite.models.registry import find_model
+    from torchtitan_lite.observability.logging import setup_logging
+
+    setup_logging(sys.stderr)
+    config = load_config(options.recipe, overrides)
+    _, args = find_model(config.model)
+    prepared = prepare(config.training, config.data, config.model.tokenizer_path, args.vocab_size)
+    print(f"{prepared.folder}: {prepared.train.tokens:,} training tokens, {prepared.validation.tokens:,} held out")
+    return 0
+
+
+def _show(options: argparse.Namespace, overrides: list[str]) -> int:
+    from torchtitan_lite.config.document import config_lines
+    from torchtitan_lite.preflight import plan_job
+
+    derived: dict[str, str] = {}
+    config = load_config(options.recipe, overrides)
+    if options.world_size:
+        plan = plan_job(options.recipe, overrides, options.world_size)
+        config, derived = plan.config, dict(plan.derived())
+    if options.json:
+        print(json.dumps({"config": asdict(config), "derived": derived}, indent=1))
+        return 0
+    print("\n".join(config_lines(config)))
+    for what, value in derived.items():
+        print(f"\n# {what}: {value}" if what == next(iter(derived)) else f"# {what}: {value}")
+    return 0
+
+
+def _check(options: argparse.Namespace, _: list[str]) -> int:
+    rows = [_checked(recipe, options.world_size) for recipe in options.recipes]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        width = max(len(row["recipe"]) for row in rows)
+        for row in rows:
+            told = "; ".join(row["derived"].values()) if row["ok"] else f"error: {row['error']}"
+            print(f"{row['recipe']:<{width}}  {'ok  ' if row['ok'] else 'FAIL'}  {told}")
+    return 0 if all(row["ok"] for row in rows) else 2
+
+
+def _checked(recipe: str, world_size: int | None) -> dict[str, Any]:
+    from torchtitan_lite.preflight import plan_job
+
+    try:
+        if world_size is None:
+            world_size = _fewest_ranks(recipe)
+        plan = plan_job(recipe, (), world_size)
+    except UserError as error:
+        return {"recipe": recipe, "ok": False, "world_size": world_size, "error": str(error)}
+    return {"recipe": recipe, "ok": True, "world_size": world_size, "derived": dict(plan.derived())}
+
+
+def _fewest_ranks(recipe: str) -> int:
+    section = load_config(recipe).parallelism
+    return prod(
+        max(1, degree)
+        for degree in (
+            section.data_parallel_replicate_degree,
+            section.data_parallel_shard_degree,
+            section.context_parallel_degree,
+            section.tensor_parallel_degree,
+            section.pipeline_parallel_degree,
+        )
+    )
+
+
+def _docs(_: argparse.Namespace, __: list[str]) -> int:
+    from torchtitan_lite.config.document import markdown
+
+    print(markdown(), end="")
+    return 0

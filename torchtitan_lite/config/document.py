@@ -1,0 +1,97 @@
+"""The text under each field of the schema, read from its source: for docs/configuration.md and error messages."""
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from torchtitan_lite.config import schema
+from torchtitan_lite.config.decoding import describe
+
+
+@cache
+def field_docs() -> dict[tuple[str, str], str]:
+    """(class name, field name) to the docstring under the field, on one line."""
+    docs = {}
+    for cls in ast.parse(inspect.getsource(schema)).body:
+        if not isinstance(cls, ast.ClassDef):
+            continue
+        for node, after in zip(cls.body, cls.body[1:], strict=False):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
+                docs[cls.name, node.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+def default_of(field: "Field[Any]") -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def markdown() -> str:
+    """docs/configuration.md, whole."""
+    lines = [
+        "# Configuration",
+        "",
+        "Generated from `torchtitan_lite/config/schema.py` by `make docs`; edit it there.",
+        "",
+        "A recipe is a TOML file of these sections. `extends = \"other.toml\"` at its top takes another recipe as the",
+        "base, its path relative to the file. On the command line `--section.key=value` overrides it, the value read as",
+        "TOML or as a bare string. Later wins: defaults, `extends`, recipe, command line. An unknown key or a wrong",
+        "type ends with exit code 2 and a line that names it.",
+    ]
+    for section, cls in _sections(schema.JobConfig, ""):
+        lines += ["", f"## [{section}]", "", f"{inspect.getdoc(cls)}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for field in fields(cls):
+            if is_dataclass(field.type):
+                continue
+            doc = field_docs()[cls.__name__, field.name].replace("|", "\\|")
+            lines.append(f"| `{field.name}` | {_type(field)} | `{_toml(default_of(field))}` | {doc} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sections(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            yield prefix + field.name, field.type
+            yield from _sections(field.type, f"{prefix}{field.name}.")
+
+
+def _type(field: "Field[Any]") -> str:
+    bounds = field.metadata
+    limits = [
+        text
+        for name, text in (("minimum", "at least {:g}"), ("above", "more than {:g}"), ("maximum", "at most {:g}"))
+        if name in bounds
+        for text in [text.format(bounds[name])]
+    ]
+    limits += [f"or {bounds['auto']}"] if "auto" in bounds else []
+    return ", ".join([describe(field.type), *limits]).replace("|", "\\|")
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return str(value)
+
+
+def config_lines(config: schema.JobConfig) -> list[str]:
+    """The config as TOML, a comment where a value is not the default."""
+    lines: list[str] = []
+    for field in fields(config):
+        section = getattr(config, field.name)
+        lines += ["", f"[{field.name}]"] if lines else [f"[{field.name}]"]
+        for key in fields(section):
+            value, default = getattr(section, key.name), default_of(key)
+            changed = "" if value == default else f"  # default {_toml(default)}"
+            lines.append(f"{key.name} = {_toml(value)}{changed}")
+    return lines
