@@ -4,7 +4,6 @@ The order in which techniques are applied stands here, each with its reason.
 """
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -96,5 +95,5 @@ def assemble(
         )
     # Materialised after sharding, so that each rank allocates and draws its shards only.
     module.to_empty(device=device)
-    initialize(module, seed, partial(spec.initial, args=args))
+    initialize(module, seed, lambda name: spec.initial(name, args))
     return TrainableModel(module, device)

@@ -51,8 +51,8 @@ class JobPlan:
             ("mesh", f"{self.dims} of {self.dims.world_size}"),
             (
                 "batch",
-                f"{self.batch.global_batch_size} samples of {training.seq_len} = {self.tokens_per_step:,} tokens a step; "
-                f"a rank runs {self.batch.microbatches} x {self.batch.microbatch_size}",
+                f"{self.batch.global_batch_size} samples of {training.seq_len} = {self.tokens_per_step:,} tokens a "
+                f"step; a rank runs {self.batch.microbatches} x {self.batch.microbatch_size}",
             ),
             ("schedule", f"{training.steps} steps to a peak of {self.schedule.peak:g}: {self.schedule}"),
         ]

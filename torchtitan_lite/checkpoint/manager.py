@@ -98,7 +98,9 @@ class CheckpointManager:
             _set_rng_state(tensors)
         else:
             logger.info(
-                "%d ranks saved, %d load: random generators start from the seed", manifest["world_size"], dist.get_world_size()
+                "%d ranks saved, %d load: random generators start from the seed",
+                manifest["world_size"],
+                dist.get_world_size(),
             )
         return Progress(manifest["step"], manifest["position"], manifest["tokens_seen"]), manifest["world_size"]
 

@@ -40,13 +40,21 @@ def markdown() -> str:
         "",
         "Generated from `torchtitan_lite/config/schema.py` by `make docs`; edit it there.",
         "",
-        "A recipe is a TOML file of these sections. `extends = \"other.toml\"` at its top takes another recipe as the",
-        "base, its path relative to the file. On the command line `--section.key=value` overrides it, the value read as",
-        "TOML or as a bare string. Later wins: defaults, `extends`, recipe, command line. An unknown key or a wrong",
-        "type ends with exit code 2 and a line that names it.",
+        'A recipe is a TOML file of these sections. `extends = "other.toml"` at its top takes another recipe as the',
+        "base, its path relative to the file. On the command line `--section.key=value` overrides it, the value read",
+        "as TOML or as a bare string. Later wins: defaults, `extends`, recipe, command line. An unknown key or a",
+        "wrong type ends with exit code 2 and a line that names it.",
     ]
     for section, cls in _sections(schema.JobConfig, ""):
-        lines += ["", f"## [{section}]", "", f"{inspect.getdoc(cls)}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## [{section}]",
+            "",
+            f"{inspect.getdoc(cls)}",
+            "",
+            "| key | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for field in fields(cls):
             if is_dataclass(field.type):
                 continue

@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from hashlib import blake2b, sha256
 from functools import partial
+from hashlib import blake2b, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,10 @@ def prepare(training: Training, data: Data, tokenizer_path: str, vocab_size: int
     fingerprint = sha256(model_bytes).hexdigest()
     key = _key("corpus", corpus.signature, fingerprint, str(data.validation_fraction))
     folder = _published(
-        cache, f"corpus-{key}", "prepared.json", lambda folder: _tokenise(folder, corpus, model, data.validation_fraction)
+        cache,
+        f"corpus-{key}",
+        "prepared.json",
+        lambda folder: _tokenise(folder, corpus, model, data.validation_fraction),
     )
     prepared = _read(folder, model)
     if prepared.vocab_size > vocab_size:
@@ -118,7 +121,9 @@ def _cache_folder(data: Data) -> Path:
         if not os.access(folder, os.W_OK):
             raise PermissionError(13, "not writable")
     except OSError as error:
-        raise UserError(f"cache folder {folder}: {error.strerror}; set data.cache_folder to one that can be written") from None
+        raise UserError(
+            f"cache folder {folder}: {error.strerror}; set data.cache_folder to one that can be written"
+        ) from None
     return folder
 
 
@@ -193,7 +198,12 @@ def _tokenise(folder: Path, corpus: Corpus, model: Path, validation_fraction: fl
         "dtype": dtype,
         **{split: asdict(part) for split, part in splits.items()},
     }
-    logger.info("prepared %d training tokens and %d held out, in %s", splits["train"].tokens, splits["validation"].tokens, folder.parent)
+    logger.info(
+        "prepared %d training tokens and %d held out, in %s",
+        splits["train"].tokens,
+        splits["validation"].tokens,
+        folder.parent,
+    )
     (folder / "prepared.json").write_text(json.dumps(summary, indent=1))
 
 

@@ -65,8 +65,8 @@ class ParallelDims:
             degrees["dp_shard"] = world_size // others
         if (needed := prod(degrees.values())) != world_size:
             raise UserError(
-                f"parallelism asks for {_product(degrees)} = {needed} ranks, there are {world_size}; use {needed} ranks "
-                "or set parallelism.data_parallel_shard_degree = -1 to take what is left"
+                f"parallelism asks for {_product(degrees)} = {needed} ranks, there are {world_size}; use {needed} "
+                "ranks or set parallelism.data_parallel_shard_degree = -1 to take what is left"
             )
         return cls(**degrees, ep=parallelism.expert_parallel_degree)
 
@@ -93,7 +93,8 @@ class ParallelDims:
         for axis, technique in _NOT_YET.items():
             if (degree := getattr(self, axis)) > 1:
                 raise UserError(
-                    f"parallelism.{technique}_parallel_degree = {degree}: {technique} parallelism is not built yet; set it to 1"
+                    f"parallelism.{technique}_parallel_degree = {degree}: {technique} parallelism is not built yet; "
+                    "set it to 1"
                 )
 
     def __str__(self) -> str:

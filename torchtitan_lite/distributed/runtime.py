@@ -53,7 +53,9 @@ def require_equal_on_all_ranks(value: str, what: str) -> None:
     values: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(values, value)
     if others := [rank for rank, other in enumerate(values) if other != values[0]]:
-        raise UserError(f"{what} differs between ranks: rank 0 has {values[0]}, rank {others[0]} has {values[others[0]]}")
+        raise UserError(
+            f"{what} differs between ranks: rank 0 has {values[0]}, rank {others[0]} has {values[others[0]]}"
+        )
 
 
 def stop() -> None:

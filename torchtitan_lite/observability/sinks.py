@@ -21,7 +21,9 @@ class RunLog:
         self._append("metrics.jsonl", {**record, "attempt": self.attempt})
 
     def event(self, event: str, step: int, **details: Any) -> None:
-        self._append("events.jsonl", {"event": event, "time": time.time(), "step": step, "attempt": self.attempt, **details})
+        self._append(
+            "events.jsonl", {"event": event, "time": time.time(), "step": step, "attempt": self.attempt, **details}
+        )
 
     def samples(self, step: int, ids: list[int]) -> None:
         self._append("samples.jsonl", {"step": step, "ids": ids})

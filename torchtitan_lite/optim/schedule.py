@@ -1,11 +1,12 @@
 """The learning rate as a function of the step alone: nothing to save, nothing to restore."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchtitan_lite.config.schema import LRScheduler
 
-_SHAPES = {
+_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1.0 - progress,
     "sqrt": lambda progress: 1.0 - math.sqrt(progress),
     "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
@@ -49,6 +50,4 @@ def build_schedule(config: LRScheduler, peak: float) -> Schedule:
     warmup = min(config.warmup_steps, config.total_steps)
     room = config.total_steps - warmup
     decay = room if config.decay_ratio < 0 else min(room, round(config.total_steps * config.decay_ratio))
-    return Schedule(
-        peak, config.warmup_steps, room - decay, decay, config.decay_type, config.min_lr_factor
-    )
+    return Schedule(peak, config.warmup_steps, room - decay, decay, config.decay_type, config.min_lr_factor)

@@ -1,0 +1,180 @@
+"""A pool of rank processes that lives for the pytest session.
+
+`pool.run(function, ranks, *args)` runs a module-level function on each rank of a gloo group and returns the
+ranks' results in order. A process starts once, imports torch once, and serves every test.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+_GRACE_S = 5.0  # for the other ranks, once one has failed
+_START_S = 120.0  # for a process to start and import torch
+
+
+class RankError(AssertionError):
+    """A rank raised, died or did not come back; the message names it."""
+
+
+@dataclass
+class _Worker:
+    process: BaseProcess
+    connection: Connection
+    stacks: Path  # where it writes the stacks of its threads on SIGUSR1
+
+
+class RankPool:
+    """Rank processes by spawn, made as tests ask for them and replaced when they are lost.
+
+    Ranks meet through a store in this process, a new one on a free port for each run, so that nothing of one
+    run can reach the next.
+    """
+
+    def __init__(self, max_ranks: int) -> None:
+        self.max_ranks = max_ranks
+        self._context = multiprocessing.get_context("spawn")
+        self._workers: list[_Worker] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+
+    def run(
+        self, function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0, group: bool = True
+    ) -> list[Any]:
+        """Results of `function(*args)` on ranks 0 ... ranks - 1.
+
+        group: with a gloo process group up; without, the environment is as torchrun leaves it. Raises RankError
+        with the traceback of the rank that failed first, or with the stacks of those that hang.
+        """
+        assert ranks <= self.max_ranks, f"{ranks} ranks asked for, --max-ranks is {self.max_ranks}"
+        from torch.distributed import TCPStore
+
+        self._start(ranks)
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        workers = self._workers[:ranks]
+        for rank, worker in enumerate(workers):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's, as under torchrun
+            }
+            worker.connection.send((function, args, environment, group, timeout))
+        return self._collect(workers, getattr(function, "__name__", str(function)), timeout)
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.process.kill()
+            worker.process.join()
+        self._workers.clear()
+        self._folder.cleanup()
+
+    def _start(self, ranks: int) -> None:
+        self._workers = [worker for worker in self._workers if worker.process.is_alive()]
+        fresh = [self._spawn(index) for index in range(len(self._workers), ranks)]
+        self._workers += fresh
+        for worker in fresh:
+            if not worker.connection.poll(_START_S) or worker.connection.recv() != "ready":
+                raise RankError(f"a rank process did not start within {_START_S:.0f} s")
+
+    def _spawn(self, index: int) -> _Worker:
+        ours, theirs = self._context.Pipe()
+        stacks = Path(self._folder.name) / f"stacks-{index}-{time.monotonic_ns()}"
+        process = self._context.Process(target=_serve, args=(theirs, str(stacks)), name=f"rank-{index}", daemon=True)
+        # Read when torch is imported, so before the process starts.
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            process.start()
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+        theirs.close()
+        return _Worker(process, ours, stacks)
+
+    def _collect(self, workers: list[_Worker], name: str, timeout: float) -> list[Any]:
+        results: dict[int, Any] = {}
+        failures: list[tuple[float, str]] = []  # (when it was raised, what)
+        deadline = time.monotonic() + timeout
+        while len(results) < len(workers) and (left := deadline - time.monotonic()) > 0:
+            waiting = {worker.connection: rank for rank, worker in enumerate(workers) if rank not in results}
+            for connection in wait(list(waiting), timeout=left):
+                rank = waiting[connection]  # type: ignore[index]
+                try:
+                    failed_at, value = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    workers[rank].process.join(_GRACE_S)
+                    failed_at, value = 0.0, f"the process died with exit code {workers[rank].process.exitcode}"
+                results[rank] = value
+                if failed_at is not None:
+                    failures.append((failed_at, f"{name}: rank {rank} of {len(workers)} failed:\n{value}"))
+                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+        if missing := [rank for rank in range(len(workers)) if rank not in results]:
+            hang = "".join(f"\nrank {rank} is at:\n{self._stacks(workers[rank])}" for rank in missing)
+            for rank in missing:
+                workers[rank].process.kill()
+                workers[rank].process.join()
+            failures = failures or [(0.0, f"{name}: ranks {missing} of {len(workers)} hang after {timeout:.0f} s{hang}")]
+        if failures:
+            # The first to fail is the cause; the others lost their peer.
+            raise RankError(min(failures)[1])
+        return [results[rank] for rank in range(len(workers))]
+
+    def _stacks(self, worker: _Worker) -> str:
+        os.kill(worker.process.pid or 0, signal.SIGUSR1)
+        time.sleep(0.3)  # it answers from a signal handler, there is nothing to wait on
+        return worker.stacks.read_text() if worker.stacks.exists() else "(no answer)"
+
+
+def _serve(connection: Connection, stacks: str) -> None:
+    """The life of a rank process: take a function, run it, send back (None, result) or (when it failed, traceback)."""
+    import torch
+
+    # Ctrl-C is the parent's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handle = Path(stacks).open("w")
+    faulthandler.register(signal.SIGUSR1, file=handle, all_threads=True)
+    torch.set_num_threads(1)
+    connection.send("ready")
+    while True:
+        try:
+            function, args, environment, group, timeout = connection.recv()
+        except EOFError:
+            sys.exit(0)
+        os.environ.update(environment)
+        try:
+            connection.send((None, _run(function, args, group, timeout)))
+        except BaseException as error:
+            failed_at = getattr(error, "failed_at", time.monotonic())
+            connection.send((failed_at, traceback.format_exc()))
+
+
+def _run(function: Callable[..., Any], args: tuple[Any, ...], group: bool, timeout: float) -> Any:
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    if group:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    try:
+        return function(*args)
+    except BaseException as error:
+        error.failed_at = time.monotonic()  # type: ignore[attr-defined]  # before the group goes and takes peers down
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

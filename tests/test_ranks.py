@@ -1,0 +1,55 @@
+"""The pool itself: results in order, failures and hangs that name the rank."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import RankError, RankPool
+
+
+def _sum_of_ranks() -> tuple[int, float, int]:
+    value = torch.tensor(float(dist.get_rank() + 1))
+    dist.all_reduce(value)
+    return dist.get_rank(), value.item(), torch.get_num_threads()
+
+
+def _raise_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 has its reasons")
+    dist.barrier()
+
+
+def _hang_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+
+
+def _die_on_rank_0() -> None:
+    if dist.get_rank() == 0:
+        os._exit(3)
+
+
+def test_results_come_in_the_order_of_ranks(pool: RankPool) -> None:
+    assert pool.run(_sum_of_ranks, 2) == [(0, 3.0, 1), (1, 3.0, 1)]
+    assert pool.run(_sum_of_ranks, 4) == [(rank, 10.0, 1) for rank in range(4)]
+
+
+def test_a_failure_names_rank_and_test_and_the_pool_lives_on(pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"(?s)_raise_on_rank_1: rank 1 of 2 failed:.*rank 1 has its reasons"):
+        pool.run(_raise_on_rank_1, 2)
+    assert len(pool.run(_sum_of_ranks, 2)) == 2
+
+
+def test_a_hang_names_the_rank_and_where_it_is(pool: RankPool) -> None:
+    with pytest.raises(RankError, match=r"(?s)_hang_on_rank_1: ranks \[1\] of 2 hang after 1 s.*test_ranks.py"):
+        pool.run(_hang_on_rank_1, 2, timeout=1.0)
+    assert len(pool.run(_sum_of_ranks, 2)) == 2
+
+
+def test_a_death_names_the_rank(pool: RankPool) -> None:
+    with pytest.raises(RankError, match="rank 0 of 2 failed:\nthe process died with exit code 3"):
+        pool.run(_die_on_rank_0, 2)
+    assert len(pool.run(_sum_of_ranks, 2)) == 2

@@ -1,0 +1,44 @@
+"""A Llama small enough for a step in milliseconds, as a model from outside: `model.spec = "tests.tiny:SPEC"`."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torchtitan_lite.models.llama3 import SPEC as LLAMA3
+from torchtitan_lite.models.llama3.args import Llama3Args
+
+TINY = Llama3Args(64, 3, 4, 2, 96, vocab_size=384, max_seq_len=512)
+
+SPEC = replace(LLAMA3, name="tiny", flavors={"tiny": TINY, "tied": replace(TINY, tied=True)})
+
+
+def write_recipe(path: Path, corpus: Path, cache: Path, **sections: dict[str, object]) -> Path:
+    """A recipe of 20 steps on the tiny model; `sections` add keys or replace them."""
+    recipe: dict[str, dict[str, object]] = {
+        "job": {"dump_folder": str(path.parent / "run")},
+        "model": {"spec": "tests.tiny:SPEC", "flavor": "tiny"},
+        "training": {
+            "dataset": "text",
+            "dataset_path": str(corpus),
+            "seq_len": 32,
+            "global_batch_size": 8,
+            "steps": 20,
+            "mixed_precision_param": "float32",
+        },
+        "optimizer": {"lr": 5e-3},
+        "lr_scheduler": {"warmup_steps": 2, "total_steps": 20},
+        "metrics": {"log_freq": 1, "enable_tensorboard": False},
+        "data": {"cache_folder": str(cache)},
+    }
+    for name, keys in sections.items():
+        recipe.setdefault(name, {}).update(keys)
+    lines = []
+    for name, keys in recipe.items():
+        lines += [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in keys.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
