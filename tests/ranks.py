@@ -128,7 +128,9 @@ class RankPool:
             for rank in missing:
                 workers[rank].process.kill()
                 workers[rank].process.join()
-            failures = failures or [(0.0, f"{name}: ranks {missing} of {len(workers)} hang after {timeout:.0f} s{hang}")]
+            failures = failures or [
+                (0.0, f"{name}: ranks {missing} of {len(workers)} hang after {timeout:.0f} s{hang}")
+            ]
         if failures:
             # The first to fail is the cause; the others lost their peer.
             raise RankError(min(failures)[1])

@@ -44,9 +44,7 @@ MESHES = [
 ]
 
 
-def test_twenty_losses_and_the_samples_are_the_same_on_every_mesh(
-    pool: RankPool, recipe: Path, tmp_path: Path
-) -> None:
+def test_twenty_losses_and_the_samples_are_the_same_on_every_mesh(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
     one = _run(pool, 1, recipe, tmp_path / "one", "--metrics.log_sample_ids=true")
     assert [line["step"] for line in one] == list(range(1, 21))
     assert one[-1]["loss"] < one[0]["loss"] - 1.0
@@ -136,9 +134,7 @@ def test_validation_does_not_touch_the_run(pool: RankPool, recipe: Path, tmp_pat
     assert losses["spread"] == pytest.approx(losses["validated"], rel=1e-6)
 
 
-def test_checkpoints_are_kept_by_number_and_load_on_another_mesh(
-    pool: RankPool, recipe: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_are_kept_by_number_and_load_on_another_mesh(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
     keep = ("--checkpoint.enable=true", "--checkpoint.interval=2", "--checkpoint.keep_latest_k=2")
     folder = tmp_path / "run"
     first = _run(pool, 2, recipe, folder, *keep, "--training.steps=6")
@@ -171,20 +167,18 @@ def test_the_run_folder_keeps_its_contract(pool: RankPool, recipe: Path, tmp_pat
 
 
 def test_deterministic_mode_repeats_to_the_bit(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
-    runs = [
-        _run(pool, 2, recipe, tmp_path / name, "--training.steps=5", "--debug.deterministic=true") for name in "ab"
-    ]
+    runs = [_run(pool, 2, recipe, tmp_path / name, "--training.steps=5", "--debug.deterministic=true") for name in "ab"]
     assert [line["loss"] for line in runs[0]] == [line["loss"] for line in runs[1]]
     other = _run(pool, 2, recipe, tmp_path / "c", "--training.steps=5", "--debug.seed=43")
     assert other[0]["loss"] != runs[0][0]["loss"]
 
 
 @pytest.mark.parametrize("implementation", ["foreach", "for-loop"])
-def test_optimizer_implementations_agree(
-    pool: RankPool, recipe: Path, tmp_path: Path, implementation: str
-) -> None:
+def test_optimizer_implementations_agree(pool: RankPool, recipe: Path, tmp_path: Path, implementation: str) -> None:
     fused = _run(pool, 2, recipe, tmp_path / "fused", "--training.steps=6")
-    other = _run(pool, 2, recipe, tmp_path / "other", "--training.steps=6", f"--optimizer.implementation={implementation}")
+    other = _run(
+        pool, 2, recipe, tmp_path / "other", "--training.steps=6", f"--optimizer.implementation={implementation}"
+    )
     assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in fused], rel=5e-5)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,11 +91,11 @@ def _torchrun(command: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except ChildFailedError as failed:
-        codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
-        if 2 in codes.values():
+        if any(failure.exitcode == 2 for failure in failed.failures.values()):
             return 2  # a rank has said which mistake it is
-        told = ", ".join(f"rank {rank} with exit code {code}" for rank, code in sorted(codes.items()))
-        print(f"error: the run failed: {told}; what a rank printed stands above", file=sys.stderr)
+        rank, first = failed.get_first_failure()
+        how = signal.Signals(-first.exitcode).name if first.exitcode < 0 else f"exit code {first.exitcode}"
+        print(f"error: rank {rank} failed first, with {how}; what it printed stands above", file=sys.stderr)
         return 1
     return 0
 

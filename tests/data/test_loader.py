@@ -1,0 +1,99 @@
+"""Samples from shards, and a step's micro-batches as a function of position, rank and ranks."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from torchtitan_lite.config.resolution import plan_batch
+from torchtitan_lite.data.loader import SampleStore, TrainLoader, validation_batches
+from torchtitan_lite.data.order import sample_at
+from torchtitan_lite.data.prepare import Prepared, Split
+from torchtitan_lite.optim.loss import IGNORE
+
+SEQ_LEN = 4
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    """Tokens 0 ... 99 in shards of uneven length, so that samples cross them."""
+    cuts = [0, 30, 31, 77, 100]
+    files = []
+    for index, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        files.append(f"train-{index:05d}.bin")
+        np.arange(start, stop, dtype="<u2").tofile(tmp_path / files[-1])
+    train, none = Split(tuple(files), 100, 4), Split((), 0, 0)
+    return Prepared(tmp_path, tmp_path / "tokenizer.model", "t", 100, "f", "uint16", train, none)
+
+
+@pytest.fixture
+def store(prepared: Prepared) -> SampleStore:
+    return SampleStore(prepared, prepared.train, SEQ_LEN)
+
+
+def test_samples_are_consecutive_tokens_whatever_the_shards(store: SampleStore) -> None:
+    assert store.samples == 24
+    for sample in range(store.samples):
+        assert store.read(sample).tolist() == list(range(sample * SEQ_LEN, sample * SEQ_LEN + SEQ_LEN + 1))
+
+
+def test_labels_are_the_next_tokens_and_empty_rows_have_no_weight(store: SampleStore) -> None:
+    batch = store.batch([2, 5], 3)
+    assert batch.tokens[0].tolist() == [8, 9, 10, 11]
+    assert batch.labels[0].tolist() == [9, 10, 11, 12]
+    assert torch.equal(batch.labels[:2, :-1], batch.tokens[:2, 1:])
+    assert batch.labels[2].tolist() == [IGNORE] * SEQ_LEN
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("local_batch", [1, 2, 8])
+def test_all_ranks_together_read_the_global_batches_in_order(store: SampleStore, ranks: int, local_batch: int) -> None:
+    plan = plan_batch(6, local_batch, ranks)
+    loaders = [TrainLoader(store, plan, rank, seed=1) for rank in range(ranks)]
+    for step in range(10):  # more than two epochs
+        expected = [sample_at(6 * step + index, store.samples, 1) for index in range(6)]
+        assert all(loader.sample_ids() == expected for loader in loaders)
+        steps = [loader.next_step() for loader in loaders]
+        assert {(len(batches), batches[0].tokens.shape) for batches in steps} == {
+            (plan.microbatches, (plan.microbatch_size, SEQ_LEN))
+        }
+        starts = [
+            int(row[0])
+            for batches in steps
+            for batch in batches
+            for row, label in zip(batch.tokens, batch.labels, strict=True)
+            if label[0] != IGNORE
+        ]
+        assert starts == [sample * SEQ_LEN for sample in expected]
+
+
+def test_position_is_the_whole_state(store: SampleStore) -> None:
+    plan = plan_batch(5, 8, 1)
+    loader = TrainLoader(store, plan, 0, seed=3)
+    steps = [loader.next_step()[0].tokens for _ in range(7)]
+    resumed = TrainLoader(store, plan, 0, seed=3)
+    resumed.position = 4 * 5
+    assert torch.equal(resumed.next_step()[0].tokens, steps[4])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_reads_each_sample_once(store: SampleStore, ranks: int) -> None:
+    seen: list[int] = []
+    lengths = set()
+    for rank in range(ranks):
+        batches = list(validation_batches(store, 5, -1, rank, ranks))
+        lengths.add(len(batches))
+        seen += [
+            int(row[0])
+            for batch in batches
+            for row, label in zip(batch.tokens, batch.labels, strict=True)
+            if label[0] != IGNORE
+        ]
+    assert lengths == {-(-24 // (5 * ranks))}
+    assert sorted(seen) == [sample * SEQ_LEN for sample in range(24)]
+
+
+def test_validation_stops_after_steps(store: SampleStore) -> None:
+    assert len(list(validation_batches(store, 2, 3, 0, 2))) == 3
+    assert len(list(validation_batches(store, 2, 100, 0, 2))) == 6
