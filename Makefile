@@ -14,12 +14,12 @@ check:
 	"$$python" -m ruff check .; \
 	"$$python" -m ruff format --check .; \
 	"$$python" -m mypy; \
-	"$$python" -m pytest tests/test_imports.py tests/config/test_document.py; \
+	"$$python" -m pytest tests/test_imports.py tests/test_docs.py tests/config/test_document.py; \
 	"$$python" -m torchtitan_lite config check train_configs/*.toml
 
 # What is generated from the code.
 docs:
-	@$(SETUP); "$$python" -m torchtitan_lite config docs > docs/configuration.md
+	@$(SETUP); "$$python" -m torchtitan_lite config docs > docs/configuration.md; "$$python" docs/quote.py
 
 # The README's picture, from a fresh run of the default recipe.
 plot:

@@ -148,7 +148,7 @@ def _serve(connection: Connection, stacks: str) -> None:
 
     # Ctrl-C is the parent's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    handle = Path(stacks).open("w")
+    handle = Path(stacks).open("w")  # noqa: SIM115  # open as long as the process lives
     faulthandler.register(signal.SIGUSR1, file=handle, all_threads=True)
     torch.set_num_threads(1)
     connection.send("ready")

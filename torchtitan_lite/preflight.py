@@ -48,7 +48,7 @@ class JobPlan:
         parameters = self.model_args.parameter_count()
         return [
             ("model", f"{self.spec.name} {self.config.model.flavor}, {parameters:,} parameters"),
-            ("mesh", f"{self.dims} of {self.dims.world_size}"),
+            ("mesh", str(self.dims)),
             (
                 "batch",
                 f"{self.batch.global_batch_size} samples of {training.seq_len} = {self.tokens_per_step:,} tokens a "

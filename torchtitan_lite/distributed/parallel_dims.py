@@ -98,7 +98,9 @@ class ParallelDims:
                 )
 
     def __str__(self) -> str:
-        return " x ".join(f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1) or "a single rank"
+        """`4 ranks: dp_replicate 2 x dp_shard 2`"""
+        longer = [f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1]
+        return f"{self.world_size} ranks: {' x '.join(longer)}" if longer else "1 rank"
 
 
 def _product(degrees: dict[str, int], skip: str = "") -> str:

@@ -63,6 +63,7 @@ def console_line(record: dict[str, Any], last_step: int) -> str:
     width = len(str(last_step))
     return (
         f"step {record['step']:>{width}}/{last_step}  loss {record['loss']:7.4f}  "
-        f"grad_norm {record['grad_norm']:7.4f}  lr {record['lr']:.2e}  tps {record['tps']:>7,.0f}  tflops {record['tflops']:.3g}  mfu {mfu}  "
+        f"grad_norm {record['grad_norm']:7.4f}  lr {record['lr']:.2e}  "
+        f"tps {record['tps']:>7,.0f}  tflops {record['tflops']:.3g}  mfu {mfu}  "
         f"memory {record['memory_peak_gib']:.2f} GiB  data {record['data_time_s'] * 1000:.1f} ms"
     )

@@ -1,0 +1,75 @@
+"""The process among others: time-outs that are tightened, ranks that disagree."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import RankPool
+from torchtitan_lite.config.schema import Comm, Debug
+from torchtitan_lite.distributed import runtime
+from torchtitan_lite.distributed.mesh import build_mesh
+from torchtitan_lite.distributed.parallel_dims import ParallelDims
+from torchtitan_lite.errors import UserError
+
+
+def _wait_for_a_late_rank() -> tuple[float, float]:
+    """Seconds until a collective gives up, on the world and on an axis of the mesh; rank 3 never comes."""
+    runtime.start(Comm(init_timeout_seconds=60), Debug())
+    mesh = build_mesh(ParallelDims(dp_replicate=2, dp_shard=2), "cpu")
+    dist.barrier()
+    runtime.tighten_timeouts(2)
+    waits = []
+    for group in (dist.group.WORLD, mesh.get_group("dp_shard")):
+        started = time.monotonic()
+        if dist.get_rank() == 2:  # shares both groups with rank 3
+            with pytest.raises(RuntimeError, match=r"(?i)time"):
+                dist.all_reduce(torch.zeros(1), group=group)
+        waits.append(time.monotonic() - started)
+    if dist.get_rank() == 3:
+        time.sleep(6)
+    return waits[0], waits[1]
+
+
+def test_tightened_timeouts_hold_on_every_group(pool: RankPool) -> None:
+    waits = pool.run(_wait_for_a_late_rank, 4, group=False)[2]
+    assert all(1.5 < wait < 5 for wait in waits), waits
+
+
+def _disagree(values: list[str]) -> str:
+    try:
+        runtime.require_equal_on_all_ranks(values[dist.get_rank()], "the job")
+    except UserError as error:
+        return str(error)
+    return "equal"
+
+
+def test_ranks_that_disagree_are_named(pool: RankPool) -> None:
+    assert pool.run(_disagree, 2, ["a", "a"]) == ["equal", "equal"]
+    messages = pool.run(_disagree, 3, ["a", "a", "b"])
+    assert messages == ["the job differs between ranks: rank 0 has a, rank 2 has b"] * 3
+
+
+def _start_alone() -> tuple[int, int, int]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    here = runtime.start(Comm(), Debug())
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return here.rank, here.world_size, int(total)
+
+
+def test_one_process_needs_no_torchrun(pool: RankPool) -> None:
+    assert pool.run(_start_alone, 1, group=False) == [(0, 1, 1)]
+
+
+def _axes() -> dict[str, int]:
+    mesh = build_mesh(ParallelDims(dp_replicate=2, dp_shard=2), "cpu")
+    assert mesh.mesh_dim_names is not None
+    return {name: mesh[name].get_local_rank() for name in mesh.mesh_dim_names}
+
+
+def test_neighbouring_ranks_share_a_shard_group(pool: RankPool) -> None:
+    assert pool.run(_axes, 4) == [{"dp_replicate": rank // 2, "dp_shard": rank % 2} for rank in range(4)]
