@@ -1,0 +1,105 @@
+"""Every rule across keys refuses what it names and lets the next best value pass."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from torchtitan_lite.config import rules
+from torchtitan_lite.config.schema import (
+    Checkpoint,
+    Data,
+    JobConfig,
+    LRScheduler,
+    Metrics,
+    Model,
+    Training,
+    Validation,
+)
+from torchtitan_lite.errors import UserError
+
+Rule = Callable[[JobConfig], None]
+
+REFUSED: list[tuple[Rule, JobConfig, str]] = [
+    (
+        rules.text_dataset_needs_a_path,
+        JobConfig(training=Training(dataset="text")),
+        'training.dataset = "text" needs training.dataset_path',
+    ),
+    (
+        rules.stdlib_dataset_takes_no_path,
+        JobConfig(training=Training(dataset="python_stdlib", dataset_path="books")),
+        'training.dataset_path = "books" has no effect with training.dataset = "python_stdlib"',
+    ),
+    (
+        rules.outside_spec_takes_no_name,
+        JobConfig(model=Model(spec="package.module:SPEC", name="mine")),
+        'model.spec = "package.module:SPEC" and model.name = "mine" both choose a model; keep one',
+    ),
+    (
+        rules.schedule_covers_the_run,
+        JobConfig(training=Training(steps=11), lr_scheduler=LRScheduler(total_steps=10)),
+        "lr_scheduler.total_steps = 10 ends before training.steps = 11; raise it or leave it at -1",
+    ),
+    (
+        rules.validation_needs_a_held_out_part,
+        JobConfig(validation=Validation(enable=True), data=Data(validation_fraction=0.0)),
+        "validation.enable = true needs data.validation_fraction above 0",
+    ),
+    *(
+        (
+            rules.folders_stay_in_the_run_folder,
+            JobConfig(checkpoint=Checkpoint(folder=folder)),
+            f'checkpoint.folder = "{folder}": expected the name of a folder inside the run folder',
+        )
+        for folder in ("", " ", ".", "..", "/tmp/elsewhere", "../beside", "a/../../b", "a\\..\\b")
+    ),
+    (
+        rules.folders_stay_in_the_run_folder,
+        JobConfig(metrics=Metrics(save_tb_folder="../tb")),
+        'metrics.save_tb_folder = "../tb": expected the name of a folder inside the run folder',
+    ),
+]
+
+PASSED: list[tuple[Rule, JobConfig]] = [
+    *((rule, JobConfig()) for rule in rules.RULES),
+    (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
+    (rules.stdlib_dataset_takes_no_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
+    (rules.outside_spec_takes_no_name, JobConfig(model=Model(spec="package.module:SPEC"))),
+    (rules.outside_spec_takes_no_name, JobConfig(model=Model(name="mine"))),
+    (
+        rules.schedule_covers_the_run,
+        JobConfig(training=Training(steps=10), lr_scheduler=LRScheduler(total_steps=10)),
+    ),
+    (
+        rules.validation_needs_a_held_out_part,
+        JobConfig(validation=Validation(enable=True), data=Data(validation_fraction=0.01)),
+    ),
+    (rules.validation_needs_a_held_out_part, JobConfig(data=Data(validation_fraction=0.0))),
+    *(
+        (rules.folders_stay_in_the_run_folder, JobConfig(checkpoint=Checkpoint(folder=folder)))
+        for folder in ("checkpoint", "deep/er", ".hidden", "a..b", "...")
+    ),
+]
+
+
+@pytest.mark.parametrize(("rule", "config", "message"), REFUSED)
+def test_a_rule_refuses_and_names_the_mend(rule: Rule, config: JobConfig, message: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(message)}"):
+        rule(config)
+
+
+@pytest.mark.parametrize(("rule", "config"), PASSED)
+def test_a_rule_lets_pass_what_it_should(rule: Rule, config: JobConfig) -> None:
+    rule(config)
+
+
+def test_every_rule_is_in_the_table_and_tried_both_ways() -> None:
+    written = [
+        value
+        for name, value in vars(rules).items()
+        if callable(value) and getattr(value, "__module__", "") == rules.__name__ and not name.startswith("_")
+    ]
+    assert set(written) == set(rules.RULES)
+    assert {rule for rule, *_ in REFUSED} == set(rules.RULES)
+    assert {rule for rule, config in PASSED if config != JobConfig()} == set(rules.RULES)

@@ -1,0 +1,133 @@
+"""Degrees fill the world size exactly, or say which would."""
+
+from itertools import product
+
+import pytest
+
+from torchtitan_lite.config.schema import Parallelism
+from torchtitan_lite.distributed.parallel_dims import AXES, ParallelDims
+from torchtitan_lite.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("section", "world_size", "dp_shard"),
+    [
+        (Parallelism(), 1, 1),
+        (Parallelism(), 6, 6),
+        (Parallelism(data_parallel_replicate_degree=2), 8, 4),
+        (Parallelism(data_parallel_replicate_degree=2, tensor_parallel_degree=2), 8, 2),
+        (Parallelism(context_parallel_degree=2, pipeline_parallel_degree=2, tensor_parallel_degree=2), 8, 1),
+        (Parallelism(data_parallel_shard_degree=3, tensor_parallel_degree=2), 6, 3),
+    ],
+)
+def test_the_shard_degree_takes_what_the_others_leave(section: Parallelism, world_size: int, dp_shard: int) -> None:
+    dims = ParallelDims.from_config(section, world_size)
+    assert dims.dp_shard == dp_shard
+    assert dims.world_size == world_size
+    assert dims.dp_replicate == section.data_parallel_replicate_degree
+    assert (dims.pp, dims.cp, dims.tp, dims.ep) == (
+        section.pipeline_parallel_degree,
+        section.context_parallel_degree,
+        section.tensor_parallel_degree,
+        section.expert_parallel_degree,
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "world_size", "message"),
+    [
+        (
+            Parallelism(data_parallel_replicate_degree=3),
+            4,
+            "4 ranks cannot be shared out: pp 1 x dp_replicate 3 x cp 1 x tp 1 = 3 does not divide it; "
+            "use a multiple of 3 ranks or lower a degree",
+        ),
+        (
+            Parallelism(data_parallel_replicate_degree=2, tensor_parallel_degree=2),
+            2,
+            "2 ranks cannot be shared out: pp 1 x dp_replicate 2 x cp 1 x tp 2 = 4 does not divide it; "
+            "use a multiple of 4 ranks or lower a degree",
+        ),
+        (
+            Parallelism(data_parallel_shard_degree=2),
+            4,
+            "parallelism asks for pp 1 x dp_replicate 1 x dp_shard 2 x cp 1 x tp 1 = 2 ranks, there are 4; use 2 ranks "
+            "or set parallelism.data_parallel_shard_degree = -1 to take what is left",
+        ),
+        (
+            Parallelism(data_parallel_replicate_degree=2, data_parallel_shard_degree=4),
+            4,
+            "parallelism asks for pp 1 x dp_replicate 2 x dp_shard 4 x cp 1 x tp 1 = 8 ranks, there are 4; use 8 ranks "
+            "or set parallelism.data_parallel_shard_degree = -1 to take what is left",
+        ),
+        (
+            Parallelism(expert_parallel_degree=3),
+            4,
+            "parallelism.expert_parallel_degree = 3 does not divide data_parallel_shard_degree x "
+            "context_parallel_degree = 4 x 1; valid: 1, 2, 4",
+        ),
+        (
+            Parallelism(context_parallel_degree=2, expert_parallel_degree=8),
+            12,
+            "parallelism.expert_parallel_degree = 8 does not divide data_parallel_shard_degree x "
+            "context_parallel_degree = 6 x 2; valid: 1, 2, 3, 4, 6, 12",
+        ),
+    ],
+)
+def test_degrees_that_do_not_fit_say_which_would(section: Parallelism, world_size: int, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        ParallelDims.from_config(section, world_size)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4, 6, 12])
+def test_experts_share_the_ranks_of_shards_and_context(degree: int) -> None:
+    assert ParallelDims(dp_replicate=5, dp_shard=6, cp=2, ep=degree).world_size == 60
+
+
+@pytest.mark.parametrize("axis", [*AXES])
+def test_a_degree_is_at_least_one(axis: str) -> None:
+    with pytest.raises(UserError, match=f"degree of {axis} is 0: must be at least 1"):
+        ParallelDims(**{"dp_replicate": 1, "dp_shard": 1, axis: 0})
+
+
+def test_axes_run_from_the_slowest_links_to_the_fastest() -> None:
+    dims = ParallelDims(dp_replicate=2, dp_shard=3, cp=5, tp=7, pp=11)
+    assert list(dims.degrees.items()) == [("pp", 11), ("dp_replicate", 2), ("dp_shard", 3), ("cp", 5), ("tp", 7)]
+    assert dims.world_size == 2 * 3 * 5 * 7 * 11
+    assert dims.batch_ranks == 6
+
+
+def test_ranks_that_differ_in_shard_or_copy_read_different_samples_and_no_others() -> None:
+    dims = ParallelDims(dp_replicate=2, dp_shard=3, cp=2, tp=2, pp=2)
+    coordinates = product(*(range(degree) for degree in dims.degrees.values()))
+    for rank, (_, replicate, shard, _, _) in enumerate(coordinates):
+        assert dims.batch_rank(rank) == replicate * 3 + shard
+
+
+def test_without_other_axes_a_rank_is_its_own_batch_rank() -> None:
+    dims = ParallelDims(dp_replicate=2, dp_shard=4)
+    assert [dims.batch_rank(rank) for rank in range(8)] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("axis", "technique"), [("tp", "tensor"), ("cp", "context"), ("pp", "pipeline"), ("ep", "expert")]
+)
+def test_what_is_not_built_yet_is_refused(axis: str, technique: str) -> None:
+    dims = ParallelDims(**{"dp_replicate": 1, "dp_shard": 2, axis: 2})
+    with pytest.raises(
+        UserError,
+        match=rf"^parallelism\.{technique}_parallel_degree = 2: {technique} parallelism is not built yet; set it to 1$",
+    ):
+        dims.refuse_what_is_not_built()
+
+
+@pytest.mark.parametrize(("replicate", "shard"), [(1, 1), (1, 4), (4, 1), (2, 2)])
+def test_data_parallelism_is_built(replicate: int, shard: int) -> None:
+    ParallelDims(replicate, shard).refuse_what_is_not_built()
+
+
+def test_dims_name_the_degrees_above_one() -> None:
+    assert str(ParallelDims(1, 1)) == "1 rank"
+    assert str(ParallelDims(2, 4)) == "8 ranks: dp_replicate 2 x dp_shard 4"
+    assert str(ParallelDims(1, 4, tp=2, pp=3)) == "24 ranks: pp 3 x dp_shard 4 x tp 2"

@@ -1,0 +1,144 @@
+"""What a run leaves behind: JSON lines, one a record, and TensorBoard's events."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing import event_file_loader
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torchtitan_lite.observability.sinks import RunLog, TensorBoard, read_lines
+
+
+def test_a_record_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, writes=True)
+    for step in (1, 2, 3):
+        log.metrics({"step": step, "loss": 1.5 / step, "mfu": None})
+        lines = (tmp_path / "metrics.jsonl").read_text().split("\n")
+        assert len(lines) == step + 1
+        assert lines[-1] == ""
+    assert json.loads(lines[1]) == {"step": 2, "loss": 0.75, "mfu": None, "attempt": 1}
+
+
+def test_line_ends_within_a_value_do_not_cut_the_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, writes=True)
+    log.event("start", 0, mesh="a\nb\u2028c é")
+    assert (tmp_path / "events.jsonl").read_bytes().count(b"\n") == 1
+    assert read_lines(tmp_path / "events.jsonl")[0]["mesh"] == "a\nb\u2028c é"
+
+
+def test_an_event_says_what_when_and_in_which_attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 1234.5)
+    log = RunLog(tmp_path, writes=True)
+    log.event("checkpoint", 40, path="outputs/x", seconds=0.25)
+    assert read_lines(tmp_path / "events.jsonl") == [
+        {
+            "event": "checkpoint",
+            "time": 1234.5,
+            "step": 40,
+            "attempt": 1,
+            "path": "outputs/x",
+            "seconds": 0.25,
+        }
+    ]
+
+
+def test_samples_are_written_with_their_step(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, writes=True)
+    log.samples(1, [5, 3])
+    log.samples(2, [])
+    assert read_lines(tmp_path / "samples.jsonl") == [{"step": 1, "ids": [5, 3]}, {"step": 2, "ids": []}]
+
+
+def test_attempts_count_the_starts(tmp_path: Path) -> None:
+    for attempt in (1, 2, 3):
+        log = RunLog(tmp_path, writes=True)
+        assert log.attempt == attempt
+        log.event("start", 0)
+        log.event("checkpoint", 1)
+        log.metrics({"step": 1})
+    assert [line["attempt"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_a_start_that_never_was_does_not_count(tmp_path: Path) -> None:
+    RunLog(tmp_path, writes=True).event("end", 0)
+    assert RunLog(tmp_path, writes=True).attempt == 1
+
+
+def test_a_cut_last_line_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "start"}\n{"event": "start"}\n{"event": "sta')
+    assert read_lines(path) == [{"event": "start"}] * 2
+    assert RunLog(tmp_path, writes=True).attempt == 3
+
+
+def test_a_missing_or_empty_file_has_no_lines(tmp_path: Path) -> None:
+    assert read_lines(tmp_path / "nowhere.jsonl") == []
+    (tmp_path / "empty.jsonl").touch()
+    assert read_lines(tmp_path / "empty.jsonl") == []
+
+
+def test_who_does_not_write_leaves_nothing_and_counts_all_the_same(tmp_path: Path) -> None:
+    RunLog(tmp_path, writes=True).event("start", 0)
+    before = (tmp_path / "events.jsonl").read_bytes()
+    log = RunLog(tmp_path, writes=False)
+    log.metrics({"step": 1})
+    log.samples(1, [1])
+    log.event("start", 0)
+    assert log.attempt == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+
+
+def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path / "tb", first_step=1)
+    board.write(1, {"loss": 2.5, "lr": 0.125})
+    board.write(2, {"loss": 1.25})
+    board.close()
+    assert _scalars(tmp_path / "tb") == {"loss": [(1, 2.5), (2, 1.25)], "lr": [(1, 0.125)]}
+
+
+def test_tensorboard_drops_what_a_resumed_run_does_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The readers take files in the order of the seconds in their names.
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    for first_step, last_step, loss in ((1, 6, 4.0), (4, 8, 2.0)):
+        board = TensorBoard(tmp_path, first_step)
+        for step in range(first_step, last_step + 1):
+            board.write(step, {"loss": loss})
+        board.close()
+        now[0] += 100.0
+    assert _scalars(tmp_path)["loss"] == [(1, 4.0), (2, 4.0), (3, 4.0), *((step, 2.0) for step in range(4, 9))]
+
+
+def test_a_tensorboard_file_begins_its_session_at_the_first_step(tmp_path: Path) -> None:
+    board = TensorBoard(tmp_path, first_step=41)
+    board.write(41, {"loss": 0.5})
+    board.close()
+    (file,) = tmp_path.iterdir()
+    events = list(event_file_loader.RawEventFileLoader(str(file)).Load())
+    assert len(events) >= 2
+    sessions = [event for event in event_file_loader.EventFileLoader(str(file)).Load() if event.HasField("session_log")]
+    assert [(event.step, event.session_log.status) for event in sessions] == [(41, 1)]
+
+
+def test_a_board_without_scalars_is_closed_in_peace(tmp_path: Path) -> None:
+    TensorBoard(tmp_path, first_step=1).close()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_that_failed_is_raised_at_the_close(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    board = TensorBoard(blocked / "tb", first_step=1)
+    board.write(1, {"loss": 1.0})
+    with pytest.raises(OSError, match="file"):
+        board.close()

@@ -1,0 +1,285 @@
+"""What can be known before a process group starts: the plan of a job, and whether its run folder fits it."""
+
+import json
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import SPEC, TINY, write_recipe
+from torchtitan_lite.checkpoint import storage
+from torchtitan_lite.errors import UserError
+from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job
+from torchtitan_lite.run_record import write_config_json
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:
+    return write_recipe(tmp_path / "tiny.toml", corpus, cache)
+
+
+def _started(recipe: Path, *overrides: str) -> JobPlan:
+    """The plan of a run that has written its config.json."""
+    plan = plan_job(recipe, overrides, 1)
+    write_config_json(plan, identity(plan, prepare_job(plan)), "CPU")
+    return plan
+
+
+def _checkpoint(plan: JobPlan, step: int) -> None:
+    staging = storage.staging_folder(plan.checkpoint_folder, step)
+    staging.mkdir(parents=True)
+    storage.publish(staging, storage.step_folder(plan.checkpoint_folder, step), {"step": step})
+
+
+def test_a_plan_holds_the_recipe_resolved_for_the_world_size(recipe: Path, tmp_path: Path) -> None:
+    overrides = ["--training.global_batch_size=-1", "--lr_scheduler.total_steps=-1"]
+    plan = plan_job(recipe, [*overrides, "--parallelism.data_parallel_replicate_degree=2"], 6)
+    assert (plan.dims.dp_replicate, plan.dims.dp_shard, plan.dims.batch_ranks) == (2, 3, 6)
+    assert plan.config.parallelism.data_parallel_shard_degree == 3
+    assert plan.config.training.global_batch_size == 8 * 6
+    assert plan.config.lr_scheduler.total_steps == 20
+    assert plan.config.job.dump_folder == str(tmp_path / "run")
+    assert (plan.batch.global_batch_size, plan.batch.microbatches, plan.batch.microbatch_size) == (48, 1, 8)
+    assert (plan.schedule.peak, plan.schedule.warmup, plan.schedule.decay) == (5e-3, 2, 18)
+    assert (plan.spec, plan.model_args) == (SPEC, TINY)
+    assert plan.folder == tmp_path / "run"
+    assert plan.checkpoint_folder == tmp_path / "run" / "checkpoint"
+    assert plan.tokens_per_step == 48 * 32
+    assert plan.recipe == recipe
+
+
+def test_a_batch_is_shared_out_over_ranks_that_do_not_divide_it(recipe: Path) -> None:
+    plan = plan_job(recipe, ["--training.local_batch_size=2"], 3)
+    assert [len(plan.batch.share(rank)) for rank in range(3)] == [3, 3, 2]
+    assert (plan.batch.microbatches, plan.batch.microbatch_size) == (2, 2)
+
+
+def test_planning_touches_no_file(recipe: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    plan_job(recipe, [], 1)
+    plan_job(recipe, [f"--training.dataset_path={tmp_path / 'nowhere'}"], 1)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_plan_is_frozen(recipe: Path) -> None:
+    plan = plan_job(recipe, [], 1)
+    with pytest.raises(FrozenInstanceError):
+        plan.folder = Path("elsewhere")  # type: ignore[misc]
+
+
+def test_the_run_folder_is_named_after_the_recipe_by_default(tmp_path: Path) -> None:
+    recipe = tmp_path / "some_name.toml"
+    recipe.write_text("")
+    plan = plan_job(recipe, [], 1)
+    assert plan.folder == Path("outputs/some_name")
+    assert plan.config.job.dump_folder == "outputs/some_name"
+
+
+def test_what_follows_is_told_in_words(recipe: Path) -> None:
+    derived = dict(plan_job(recipe, [], 2).derived())
+    assert derived == {
+        "model": f"tiny tiny, {TINY.parameter_count():,} parameters",
+        "mesh": "2 ranks: dp_shard 2",
+        "batch": "8 samples of 32 = 256 tokens a step; a rank runs 1 x 4",
+        "schedule": "20 steps to a peak of 0.005: 2 warm-up, 0 stable, 18 linear decay",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        (["--training.steps=0"], 1, r"^--training\.steps = 0: must be at least 1"),
+        (["--lr_scheduler.total_steps=19"], 1, r"total_steps = 19 ends before training\.steps = 20"),
+        (["--parallelism.data_parallel_replicate_degree=3"], 4, r"^4 ranks cannot be shared out"),
+        (["--parallelism.data_parallel_shard_degree=2"], 4, r"= 2 ranks, there are 4"),
+        (["--parallelism.tensor_parallel_degree=2"], 2, r"tensor parallelism is not built yet"),
+        (["--parallelism.context_parallel_degree=2"], 2, r"context parallelism is not built yet"),
+        (["--parallelism.pipeline_parallel_degree=2"], 2, r"pipeline parallelism is not built yet"),
+        (["--parallelism.expert_parallel_degree=2"], 2, r"expert parallelism is not built yet"),
+        (["--parallelism.expert_parallel_degree=3"], 2, r"expert_parallel_degree = 3 does not divide .*; valid: 1, 2$"),
+        (["--model.flavor=large"], 1, r'model\.flavor = "large": tiny has tiny, tied'),
+        (
+            ["--training.seq_len=513"],
+            1,
+            r"^training\.seq_len = 513 is longer than the 512 positions of tiny; shorten it$",
+        ),
+        (
+            ["--parallelism.fsdp_reshard_after_forward=never"],
+            1,
+            r'^parallelism\.fsdp_reshard_after_forward = "never" has no effect: .* on 1 rank; leave it at "default"',
+        ),
+        (
+            [
+                "--parallelism.fsdp_reshard_after_forward=always",
+                "--parallelism.data_parallel_replicate_degree=2",
+            ],
+            2,
+            r'_after_forward = "always" has no effect: no parameters are sharded on 2 ranks: dp_replicate 2;',
+        ),
+    ],
+)
+def test_what_cannot_run_is_refused(recipe: Path, overrides: list[str], ranks: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_job(recipe, overrides, ranks)
+
+
+def test_limits_themselves_pass(recipe: Path) -> None:
+    plan_job(recipe, ["--training.seq_len=512"], 1)
+    plan_job(recipe, ["--parallelism.fsdp_reshard_after_forward=never"], 2)
+    plan_job(recipe, ["--lr_scheduler.total_steps=20"], 1)
+
+
+def test_preparing_makes_the_run_folder_and_the_corpus(recipe: Path, tmp_path: Path, cache: Path) -> None:
+    plan = plan_job(recipe, [f"--job.dump_folder={tmp_path / 'a' / 'deep' / 'run'}"], 1)
+    prepared = prepare_job(plan)
+    assert list(plan.folder.iterdir()) == []
+    assert prepared.folder.parent == cache
+    assert prepared.vocab_size == TINY.vocab_size
+    assert prepare_job(plan) == prepared
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "run", "Not a directory")):
+        with pytest.raises(UserError) as raised:
+            prepare_job(plan_job(recipe, [f"--job.dump_folder={folder}"], 1))
+        assert str(raised.value) == f'job.dump_folder = "{folder}": cannot be made: {reason}; choose another'
+
+
+def test_a_run_folder_that_cannot_be_written_is_named(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The superuser may write anywhere, so the permission itself is stood in for.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path / "run")
+    with pytest.raises(UserError, match=r'^job\.dump_folder = ".*run": is not writable; choose another or change'):
+        prepare_job(plan_job(recipe, [], 1))
+
+
+def test_a_corpus_without_a_sample_is_refused(recipe: Path, tmp_path: Path, cache: Path) -> None:
+    tokenizer = prepare_job(plan_job(recipe, [], 1)).tokenizer_path
+    small = tmp_path / "small.txt"
+    small.write_text("The river follows.")
+    overrides = [f"--training.dataset_path={small}", f"--model.tokenizer_path={tokenizer}"]
+    with pytest.raises(UserError, match=r"^training\.seq_len = 32: the training part of the corpus has \d+ tokens"):
+        prepare_job(plan_job(recipe, overrides, 1))
+
+
+def test_a_held_out_part_without_a_sample_is_refused_only_where_it_is_used(recipe: Path) -> None:
+    # No name's hash is that small.
+    tiny_part = "--data.validation_fraction=1e-9"
+    prepare_job(plan_job(recipe, [tiny_part], 1))
+    with pytest.raises(UserError, match=r"^validation\.enable = true: the held-out part has 0 documents with 0 tokens"):
+        prepare_job(plan_job(recipe, [tiny_part, "--validation.enable=true"], 1))
+
+
+def test_the_identity_is_what_may_not_change(recipe: Path) -> None:
+    plan = plan_job(recipe, [], 1)
+    prepared = prepare_job(plan)
+    found = identity(plan, prepared)
+    assert found["model"]["name"] == "tiny"
+    assert (found["model"]["dim"], found["model"]["n_layers"], found["model"]["tied"]) == (64, 3, False)
+    assert found["tokenizer"] == prepared.tokenizer_fingerprint
+    assert found["data"] == prepared.fingerprint
+    assert (found["training.seq_len"], found["debug.seed"]) == (32, 42)
+    assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "--training.steps=10",
+        "--optimizer.lr=1e-4",
+        "--training.global_batch_size=4",
+        "--training.local_batch_size=1",
+        "--metrics.log_freq=5",
+        "--job.description=another",
+        "--checkpoint.enable=true",
+        "--training.mixed_precision_param=bfloat16",
+    ],
+)
+def test_a_run_goes_on_with_another_value_of_what_may_change(recipe: Path, override: str) -> None:
+    _started(recipe)
+    prepare_job(plan_job(recipe, [override], 1))
+    prepare_job(plan_job(recipe, [override], 2))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--training.seq_len=64", "its run has training.seq_len = 32, this one 64, which"),
+        ("--debug.seed=43", "its run has debug.seed = 42, this one 43, which"),
+        ("--model.flavor=tied", "its run has model.tied = False, this one True, which"),
+        ("--data.validation_fraction=0.5", "its run has data = "),
+    ],
+)
+def test_a_run_folder_continues_no_other_run(recipe: Path, override: str, message: str) -> None:
+    plan = _started(recipe)
+    with pytest.raises(UserError) as raised:
+        prepare_job(plan_job(recipe, [override], 1))
+    said = str(raised.value)
+    assert said.startswith(f"{plan.folder}: {message}")
+    assert said.endswith("which may not change on a resume; choose another job.dump_folder or set it back")
+
+
+def test_another_corpus_is_another_run(recipe: Path, corpus: Path, tmp_path: Path) -> None:
+    plan = _started(recipe)
+    tokenizer = prepare_job(plan).tokenizer_path
+    one = corpus / "document-000.txt"
+    with pytest.raises(UserError, match=r"its run has data = [0-9a-f]{64}, this one [0-9a-f]{64}, which may not"):
+        prepare_job(
+            plan_job(
+                recipe,
+                [f"--training.dataset_path={one}", f"--model.tokenizer_path={tokenizer}"],
+                1,
+            )
+        )
+
+
+@pytest.mark.parametrize("text", ["", "no json", "[]", "{}", '"identity"', '{"identity"'])
+def test_a_config_json_of_someone_else_is_named(recipe: Path, text: str) -> None:
+    plan = plan_job(recipe, [], 1)
+    plan.folder.mkdir()
+    (plan.folder / "config.json").write_text(text)
+    with pytest.raises(UserError) as raised:
+        prepare_job(plan)
+    assert str(raised.value) == (
+        f"{plan.folder / 'config.json'}: is not a config.json of ours; choose another job.dump_folder or remove it"
+    )
+    assert (plan.folder / "config.json").read_text() == text
+
+
+def test_checkpoints_of_an_unknown_run_are_not_continued(recipe: Path) -> None:
+    plan = plan_job(recipe, [], 1)
+    _checkpoint(plan, 5)
+    with pytest.raises(UserError) as raised:
+        prepare_job(plan)
+    assert str(raised.value) == f"{plan.folder}: holds checkpoints but no config.json; choose another job.dump_folder"
+
+
+def test_a_run_is_finished_when_a_checkpoint_is_at_its_last_step(recipe: Path) -> None:
+    plan = plan_job(recipe, ["--checkpoint.enable=true"], 1)
+    assert finished_step(plan) is None
+    _checkpoint(plan, 19)
+    assert finished_step(plan) is None
+    _checkpoint(plan, 20)
+    assert finished_step(plan) == 20
+    _checkpoint(plan, 30)
+    assert finished_step(plan) == 30
+    assert (
+        finished_step(
+            plan_job(recipe, ["--checkpoint.enable=true", "--training.steps=31", "--lr_scheduler.total_steps=-1"], 1)
+        )
+        is None
+    )
+
+
+def test_without_checkpoints_a_run_is_never_finished(recipe: Path) -> None:
+    plan = plan_job(recipe, ["--checkpoint.enable=false"], 1)
+    _checkpoint(plan, 20)
+    assert finished_step(plan) is None
+
+
+def test_checkpoints_are_looked_for_in_the_folder_that_the_recipe_names(recipe: Path) -> None:
+    _checkpoint(plan_job(recipe, ["--checkpoint.enable=true", "--checkpoint.folder=saved"], 1), 20)
+    assert finished_step(plan_job(recipe, ["--checkpoint.enable=true"], 1)) is None
+    assert finished_step(plan_job(recipe, ["--checkpoint.enable=true", "--checkpoint.folder=saved"], 1)) == 20
