@@ -10,7 +10,9 @@ from tests.ranks import RankPool
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--max-ranks", type=int, default=4, help="rank processes at most; tests that need more are skipped")
+    parser.addoption(
+        "--max-ranks", type=int, default=4, help="rank processes at most; tests that need more are skipped"
+    )
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -44,7 +44,7 @@ class RankPool:
     def __init__(self, max_ranks: int) -> None:
         self.max_ranks = max_ranks
         self._context = multiprocessing.get_context("spawn")
-        self._workers: list[_Worker] = []
+        self._workers: dict[int, _Worker] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
 
     def run(
@@ -60,7 +60,7 @@ class RankPool:
 
         self._start(ranks)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        workers = self._workers[:ranks]
+        workers = [self._workers[rank] for rank in range(ranks)]
         for rank, worker in enumerate(workers):
             environment = {
                 "RANK": str(rank),
@@ -75,17 +75,21 @@ class RankPool:
         return self._collect(workers, getattr(function, "__name__", str(function)), timeout)
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in self._workers.values():
             worker.process.kill()
             worker.process.join()
         self._workers.clear()
         self._folder.cleanup()
 
     def _start(self, ranks: int) -> None:
-        self._workers = [worker for worker in self._workers if worker.process.is_alive()]
-        fresh = [self._spawn(index) for index in range(len(self._workers), ranks)]
-        self._workers += fresh
-        for worker in fresh:
+        # A process keeps its rank for life: torch caches what follows from one (DTensor's offsets).
+        fresh = {
+            rank: self._spawn(rank)
+            for rank in range(ranks)
+            if rank not in self._workers or not self._workers[rank].process.is_alive()
+        }
+        self._workers.update(fresh)
+        for worker in fresh.values():
             if not worker.connection.poll(_START_S) or worker.connection.recv() != "ready":
                 raise RankError(f"a rank process did not start within {_START_S:.0f} s")
 

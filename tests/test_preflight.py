@@ -249,11 +249,20 @@ def test_a_config_json_of_someone_else_is_named(recipe: Path, text: str) -> None
 
 
 def test_checkpoints_of_an_unknown_run_are_not_continued(recipe: Path) -> None:
-    plan = plan_job(recipe, [], 1)
+    plan = plan_job(recipe, ["--checkpoint.enable=true"], 1)
     _checkpoint(plan, 5)
     with pytest.raises(UserError) as raised:
         prepare_job(plan)
     assert str(raised.value) == f"{plan.folder}: holds checkpoints but no config.json; choose another job.dump_folder"
+
+
+def test_checkpoints_are_not_passed_over_by_a_run_that_does_not_resume(recipe: Path) -> None:
+    plan = plan_job(recipe, [], 1)
+    _checkpoint(plan, 5)
+    with pytest.raises(
+        UserError, match=r"holds checkpoints up to step 5, and checkpoint\.enable = false would start over"
+    ):
+        prepare_job(plan)
 
 
 def test_a_run_is_finished_when_a_checkpoint_is_at_its_last_step(recipe: Path) -> None:

@@ -1,8 +1,8 @@
 """`torchtitan-lite COMMAND`, the same as `python -m torchtitan_lite COMMAND`."""
 
 import argparse
-import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from torchtitan_lite.config import load_config
 from torchtitan_lite.config.loading import split_override
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.strict_json import strict_dumps
 
 logger = logging.getLogger("torchtitan_lite")
 
@@ -31,12 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             split_override(argument)
         if rest and not options.takes_overrides:
             raise UserError(f"argument {rest[0]}: this command takes no overrides")
-        return int(options.run(options, rest))
+        code = int(options.run(options, rest))
+        sys.stdout.flush()
+        return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error.line(), file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output has gone, as in `| head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at exit
         return 141
 
 
@@ -103,7 +106,7 @@ def _show(options: argparse.Namespace, overrides: list[str]) -> int:
         plan = plan_job(options.recipe, overrides, options.world_size)
         config, derived = plan.config, dict(plan.derived())
     if options.json:
-        print(json.dumps({"config": asdict(config), "derived": derived}, indent=1))
+        print(strict_dumps({"config": asdict(config), "derived": derived}, indent=1))
         return 0
     print("\n".join(config_lines(config)))
     for what, value in derived.items():
@@ -114,7 +117,7 @@ def _show(options: argparse.Namespace, overrides: list[str]) -> int:
 def _check(options: argparse.Namespace, _: list[str]) -> int:
     rows = [_checked(recipe, options.world_size) for recipe in options.recipes]
     if options.json:
-        print(json.dumps(rows, indent=1))
+        print(strict_dumps(rows, indent=1))
     else:
         width = max(len(row["recipe"]) for row in rows)
         for row in rows:

@@ -7,3 +7,7 @@ class UserError(ValueError):
     Commands print it as one line (what, where, the mend) and exit with code 2. Anything else that is
     raised is a defect of ours and keeps its traceback.
     """
+
+    def line(self) -> str:
+        """The message as commands print it."""
+        return f"error: {' '.join(str(self).splitlines())}"

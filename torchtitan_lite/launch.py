@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> int:
             logger.info(already_finished(plan, step))
             return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error.line(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

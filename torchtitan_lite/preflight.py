@@ -77,6 +77,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
     _make_writable(plan.folder)
     config = plan.config
+    _resume_needs_checkpoints_on(plan)
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, plan.model_args.vocab_size)
     require_samples(prepared, config.training.seq_len, config.validation.enable)
     _refuse_another_run(plan, prepared)
@@ -128,6 +129,14 @@ def _make_writable(folder: Path) -> None:
         raise UserError(f'job.dump_folder = "{folder}": is not writable; choose another or change its permissions')
 
 
+def _resume_needs_checkpoints_on(plan: JobPlan) -> None:
+    if not plan.config.checkpoint.enable and (steps := published_steps(plan.checkpoint_folder)):
+        raise UserError(
+            f"{plan.folder}: holds checkpoints up to step {steps[-1]}, and checkpoint.enable = false would start over; "
+            "set it to true to resume, or choose another job.dump_folder"
+        )
+
+
 def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
     """A run folder continues the run that made it, or nothing."""
     path = plan.folder / "config.json"
@@ -136,12 +145,12 @@ def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
             raise UserError(f"{plan.folder}: holds checkpoints but no config.json; choose another job.dump_folder")
         return
     try:
-        before = json.loads(path.read_text())["identity"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = _flat(json.loads(path.read_text())["identity"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is not a config.json of ours; choose another job.dump_folder or remove it") from None
     now = json.loads(json.dumps(identity(plan, prepared)))
     for key, value in _flat(now).items():
-        if (was := _flat(before).get(key)) != value:
+        if (was := before.get(key)) != value:
             raise UserError(
                 f"{plan.folder}: its run has {key} = {was}, this one {value}, which may not change on a resume; "
                 "choose another job.dump_folder or set it back"

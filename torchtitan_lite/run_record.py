@@ -1,6 +1,5 @@
 """config.json of a run folder: the resolved config and what it ran on. No torch."""
 
-import json
 import platform
 import subprocess
 from dataclasses import asdict
@@ -10,6 +9,7 @@ from typing import Any
 
 import torchtitan_lite
 from torchtitan_lite.preflight import JobPlan
+from torchtitan_lite.strict_json import strict_dumps
 
 _RECORDED = ("torch", "numpy", "sentencepiece")
 
@@ -29,7 +29,7 @@ def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str)
         "identity": identity,
     }
     temporary = path.with_suffix(".json.partial")
-    temporary.write_text(json.dumps(record, indent=1))
+    temporary.write_text(strict_dumps(record, indent=1))
     temporary.rename(path)
 
 

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         plan = plan_job(arguments[0], arguments[1:], int(os.environ.get("WORLD_SIZE", "1")))
         run(plan)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error.line(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

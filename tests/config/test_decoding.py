@@ -23,13 +23,6 @@ Colour = Literal["red", "green", "blue"]
         ([], list[int], []),
         ([1, 2], list[float], [1.0, 2.0]),
         ([["a"], []], list[list[str]], [["a"], []]),
-        ({"a": 1}, dict[str, float], {"a": 1.0}),
-        ({"a": [1]}, dict[str, list[int]], {"a": [1]}),
-        (3, int | str, 3),
-        ("x", int | str, "x"),
-        (3, str | float, 3.0),
-        ([3], int | list[int], [3]),
-        ("x", str | None, "x"),
     ],
 )
 def test_a_value_that_fits_is_taken(value: Any, annotation: Any, expected: Any) -> None:
@@ -55,14 +48,11 @@ def test_a_value_that_fits_is_taken(value: Any, annotation: Any, expected: Any) 
         (True, Literal[1, 2], r'^key = true: expected one of "1", "2"$'),
         (1.0, Literal[1, 2], r'^key = 1\.0: expected one of "1", "2"$'),
         ("a", list[str], r'^key = "a": expected a list, each item a string, got a string$'),
-        ({"a": 1}, list[int], r"^key = \{'a': 1\}: expected a list, each item an integer, got a table$"),
+        ({"a": 1}, list[int], r'^key = \{"a": 1\}: expected a list, each item an integer, got a table$'),
         ([1, "2"], list[int], r'^key\[1\] = "2": expected an integer, got a string$'),
         ([1, True], list[int], r"^key\[1\] = true: expected an integer, got a boolean$"),
         ([[1], [2, "3"]], list[list[int]], r'^key\[1\]\[1\] = "3": expected an integer, got a string$'),
         (["red", "gren"], list[Colour], r'^key\[1\] = "gren": expected one of .*; did you mean green\?$'),
-        ([], dict[str, int], r"^key = \[\]: expected a table, each value an integer, got a list$"),
-        ({"a": {"b": "c"}}, dict[str, dict[str, int]], r'^key\.a\.b = "c": expected an integer, got a string$'),
-        (True, int | str, r"^key = true: expected an integer or a string, got a boolean$"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(value: Any, annotation: Any, message: str) -> None:
@@ -81,8 +71,6 @@ def test_a_list_is_copied() -> None:
         (bool, "true or false"),
         (Colour, 'one of "red", "green", "blue"'),
         (list[str], "a list, each item a string"),
-        (dict[str, list[int]], "a table, each value a list, each item an integer"),
-        (int | list[int] | None, "an integer or a list, each item an integer"),
     ],
 )
 def test_an_annotation_is_described_in_words(annotation: Any, words: str) -> None:
@@ -102,7 +90,7 @@ def test_nearest_names_the_closest_or_nothing() -> None:
         (10**30, {"minimum": 1}),
         (0.5, {"minimum": 0.0, "maximum": 0.5}),
         (1e-300, {"above": 0.0}),
-        (float("inf"), {"above": 0.0}),
+        (float("inf"), {"above": 0.0, "infinite": True}),
         (-1, {"minimum": 1, "auto": -1}),
         (-1.0, {"minimum": 0.0, "maximum": 1.0, "auto": -1}),
         ("text", {"minimum": 1}),
@@ -120,12 +108,13 @@ def test_a_number_within_its_bounds_passes(value: Any, bounds: dict[str, float])
         (0, {"minimum": 1}, "key = 0: must be at least 1"),
         (0.0, {"above": 0.0}, "key = 0.0: must be more than 0"),
         (0.51, {"maximum": 0.5}, "key = 0.51: must be at most 0.5"),
-        (float("inf"), {"maximum": 1.0}, "key = inf: must be at most 1.0"),
+        (float("inf"), {"maximum": 1.0}, "key = inf: expected a finite number"),
+        (float("-inf"), {"infinite": True}, "key = -inf: expected a finite number"),
         (0, {"minimum": 1, "auto": -1}, "key = 0: must be at least 1, or -1"),
         (-2, {"minimum": 1, "auto": -1}, "key = -2: must be at least 1, or -1"),
         (2.0, {"maximum": 1.0, "auto": -1}, "key = 2.0: must be at most 1.0, or -1"),
-        (float("nan"), {}, "key = nan: expected a number"),
-        (float("nan"), {"above": 0.0, "auto": -1}, "key = nan: expected a number"),
+        (float("nan"), {}, "key = nan: expected a finite number"),
+        (float("nan"), {"above": 0.0, "auto": -1}, "key = nan: expected a finite number"),
     ],
 )
 def test_a_number_outside_its_bounds_is_named(value: float, bounds: dict[str, float], message: str) -> None:

@@ -52,7 +52,7 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
             JobConfig(checkpoint=Checkpoint(folder=folder)),
             f'checkpoint.folder = "{folder}": expected the name of a folder inside the run folder',
         )
-        for folder in ("", " ", ".", "..", "/tmp/elsewhere", "../beside", "a/../../b", "a\\..\\b")
+        for folder in ("", " ", ".", "..", "/tmp/elsewhere", "../beside", "a/../../b")
     ),
     (
         rules.folders_stay_in_the_run_folder,

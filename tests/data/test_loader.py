@@ -1,5 +1,6 @@
 """Samples from shards, and a step's micro-batches as a function of position, rank and ranks."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ def prepared(tmp_path: Path) -> Prepared:
     """Tokens 0 ... 99 in shards of uneven length, so that samples cross them."""
     cuts = [0, 30, 31, 77, 100]
     files = []
-    for index, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for index, (start, stop) in enumerate(pairwise(cuts)):
         files.append(f"train-{index:05d}.bin")
         np.arange(start, stop, dtype="<u2").tofile(tmp_path / files[-1])
     train, none = Split(tuple(files), 100, 4), Split((), 0, 0)

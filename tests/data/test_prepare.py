@@ -54,7 +54,7 @@ def books(tmp_path: Path, texts: dict[str, str]) -> Path:
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tokenizer of VOCAB pieces, for tests that are about something else."""
     path = tmp_path_factory.mktemp("tokenizer") / "some.model"
-    path.write_bytes(train_tokenizer(_texts(24).values(), VOCAB, threads=1))
+    path.write_bytes(train_tokenizer(_texts(24).values(), VOCAB))
     return str(path)
 
 
@@ -124,7 +124,7 @@ def test_a_tokenizer_is_trained_where_none_is_named(books: Path, cache: Path, te
 def test_a_trained_vocabulary_has_a_largest_size(books: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def train(texts: Any, vocab_size: int, threads: int) -> bytes:
+    def train(texts: Any, vocab_size: int) -> bytes:
         asked.append(vocab_size)
         raise UserError("seen")
 
@@ -201,7 +201,7 @@ def test_another_split_or_tokenizer_gives_another_folder(
         second = _prepare(books, cache, model, fraction=0.5)
     else:
         larger = tmp_path / "larger.model"
-        larger.write_bytes(train_tokenizer(texts.values(), VOCAB + 20, threads=1))
+        larger.write_bytes(train_tokenizer(texts.values(), VOCAB + 20))
         second = _prepare(books, cache, str(larger), vocab_size=VOCAB + 20)
     assert second.folder != first.folder
     assert second.fingerprint != first.fingerprint
@@ -254,6 +254,9 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(
     class Large(Tokenizer):
         def __init__(self) -> None:
             self.vocab_size, self.bos_id, self.eos_id, self.fingerprint = 70_000, 1, 2, "large"
+
+        def keeps_text(self) -> bool:
+            return True
 
         def encode_all(self, texts: Any, threads: int) -> list[list[int]]:
             return [[69_999]] * len(texts)
@@ -449,3 +452,14 @@ def test_a_part_without_a_whole_sample_is_refused() -> None:
 def test_parts_with_a_sample_pass_and_unused_ones_are_not_asked() -> None:
     require_samples(_of_size(17, 17), 16, validating=True)
     require_samples(_of_size(17, 0), 16, validating=False)
+
+
+def test_machines_with_other_cores_prepare_the_same_data(
+    books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = []
+    for cores in (1, 3):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        prepared.append(_prepare(books, tmp_path / f"cache-{cores}"))
+    assert prepared[0].tokenizer_fingerprint == prepared[1].tokenizer_fingerprint
+    assert prepared[0].fingerprint == prepared[1].fingerprint

@@ -71,7 +71,7 @@ def texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(texts: list[str]) -> bytes:
-    return train_tokenizer(texts, vocab_size=320, threads=1)
+    return train_tokenizer(texts, vocab_size=320)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def test_a_trained_model_has_the_pieces_asked_for(tokenizer: Tokenizer, model: b
 
 
 def test_training_twice_gives_the_same_model(texts: list[str], model: bytes) -> None:
-    assert train_tokenizer(texts, vocab_size=320, threads=1) == model
+    assert train_tokenizer(texts, vocab_size=320) == model
 
 
 def test_training_has_learnt_pieces_longer_than_a_character(tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -197,18 +197,32 @@ def test_a_vocabulary_that_the_corpus_does_not_give_is_refused(some: list[str], 
         UserError,
         match=rf"^the corpus gives no tokenizer of {vocab_size} pieces: .*Use more text, or set model\.tokenizer_path$",
     ):
-        train_tokenizer(some, vocab_size, threads=1)
+        train_tokenizer(some, vocab_size)
 
 
 def test_a_long_line_is_trained_on_in_pieces(texts: list[str], model: bytes) -> None:
     # sentencepiece would skip a line of more than 4,192 bytes.
     line = "".join(texts).replace("\n", " ")
-    tokenizer = Tokenizer(train_tokenizer([line], 320, threads=1), "test")
+    tokenizer = Tokenizer(train_tokenizer([line], 320), "test")
     assert tokenizer.vocab_size == 320
     assert tokenizer.decode(tokenizer.encode(line)) == line
 
 
 def test_marks_and_nul_in_the_corpus_do_not_stop_training(texts: list[str]) -> None:
     odd = [text.replace(" ", MARK, 3) + "\0" for text in texts]
-    tokenizer = Tokenizer(train_tokenizer(odd, 320, threads=1), "test")
+    tokenizer = Tokenizer(train_tokenizer(odd, 320), "test")
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_all(odd, threads=1)] == odd
+
+
+def test_a_model_that_normalises_is_found(texts: list[str]) -> None:
+    assert Tokenizer(train_tokenizer(texts, vocab_size=320), "ours").keeps_text()
+    stock = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=stock,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    assert not Tokenizer(stock.getvalue(), "stock").keeps_text()

@@ -9,7 +9,10 @@ from torchtitan_lite.models.spec import Init
 SHAPE = torch.Size((1000, 300))
 
 
-def _rows(start: int, stop: int, name: str = "layers.0.w", seed: int = 42, init: Init = Init(std=0.02)) -> torch.Tensor:
+NORMAL = Init(std=0.02)
+
+
+def _rows(start: int, stop: int, name: str = "layers.0.w", seed: int = 42, init: Init = NORMAL) -> torch.Tensor:
     return initial_rows(name, SHAPE, seed, init, start, stop)
 
 

@@ -142,3 +142,16 @@ def test_a_write_that_failed_is_raised_at_the_close(tmp_path: Path) -> None:
     board.write(1, {"loss": 1.0})
     with pytest.raises(OSError, match="file"):
         board.close()
+
+
+def test_a_cut_last_line_is_gone_before_the_next_record(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "start", "step": 0}\n{"event": "sta')
+    RunLog(tmp_path, writes=True).event("start", 3)
+    again = RunLog(tmp_path, writes=True)
+    assert again.attempt == 3
+    assert [line["step"] for line in read_lines(tmp_path / "events.jsonl")] == [0, 3]
+
+
+def test_a_loss_that_is_no_number_is_still_json(tmp_path: Path) -> None:
+    RunLog(tmp_path, writes=True).metrics({"step": 1, "loss": float("nan")})
+    assert '"loss": "nan"' in (tmp_path / "metrics.jsonl").read_text()

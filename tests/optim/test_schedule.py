@@ -21,13 +21,13 @@ def _rates(schedule: Schedule, steps: int) -> list[float]:
 
 def test_warm_up_and_linear_decay_by_hand() -> None:
     schedule = build_schedule(LRScheduler(warmup_steps=3, total_steps=8), peak=1.0)
-    assert _rates(schedule, 8) == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.8, 0.6, 0.4, 0.2])
+    assert _rates(schedule, 8) == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_warm_up_stable_and_decay_by_hand() -> None:
     schedule = build_schedule(LRScheduler(warmup_steps=1, total_steps=8, decay_ratio=0.5), peak=2.0)
     assert (schedule.warmup, schedule.stable, schedule.decay) == (1, 3, 4)
-    assert _rates(schedule, 8) == pytest.approx([1.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
+    assert _rates(schedule, 8) == pytest.approx([2.0, 2.0, 2.0, 2.0, 2.0, 1.5, 1.0, 0.5])
 
 
 def test_without_warm_up_the_first_step_has_the_peak() -> None:

@@ -60,7 +60,7 @@ def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises ValueError where its own checksum is not that of its contents."""
     contents: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    stated = contents.pop("sha256", None)
+    stated = contents.pop("sha256", None) if isinstance(contents, dict) else None
     if stated != sha256(_canonical(contents).encode()).hexdigest():
         raise ValueError(f"{folder / MANIFEST}: contents do not match their checksum")
     return contents
@@ -68,7 +68,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def prune(folder: Path, keep_latest_k: int) -> list[int]:
     """Remove all but the latest checkpoints (0 keeps all); return the steps removed."""
-    removed = published_steps(folder)[:-keep_latest_k] if keep_latest_k else []
+    for left_over in folder.glob(".step-*.removed"):  # by a removal that was cut short
+        shutil.rmtree(left_over)
+    removed = published_steps(folder)[:-keep_latest_k]  # [:-0] is empty
     for step in removed:
         # Renamed first: a removal that is cut short leaves no folder that looks complete.
         doomed = step_folder(folder, step).rename(folder / f".step-{step:08d}.removed")

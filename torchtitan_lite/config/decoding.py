@@ -1,38 +1,35 @@
 """Typed decoding: a TOML value becomes the value its field declares, or a UserError that names the mend."""
 
+import json
 import math
-import types
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.errors import UserError
 
-_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+_GOT = {**_EXPECTED, bool: "a boolean", list: "a list", dict: "a table"}
 
 
-def nearest(word: str, choices: list[str]) -> str:
-    """`; did you mean X?`, or an empty string where nothing is close."""
+def nearest(word: str, choices: list[str], cutoff: float = 0.6, before: str = "") -> str:
+    """`; did you mean X?` with `before` in front of X, or an empty string where nothing is close."""
     from difflib import get_close_matches
 
-    matches = get_close_matches(word, choices, n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    matches = get_close_matches(word, choices, n=1, cutoff=cutoff)
+    return f"; did you mean {before}{matches[0]}?" if matches else ""
 
 
 def describe(annotation: Any) -> str:
-    """An annotation in words: `a list of strings`, `one of "a", "b"`."""
+    """An annotation in words: `a list, each item a string`, `one of "a", "b"`."""
     origin = get_origin(annotation)
     if origin is Literal:
         return "one of " + ", ".join(f'"{choice}"' for choice in get_args(annotation))
     if origin is list:
         return "a list, each item " + describe(get_args(annotation)[0])
-    if origin is dict:
-        return "a table, each value " + describe(get_args(annotation)[1])
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(arm) for arm in get_args(annotation) if arm is not type(None))
-    return _NAMES[annotation]
+    return _EXPECTED[annotation]
 
 
 def decode(value: Any, annotation: Any, where: str) -> Any:
-    """Return `value` as `annotation` (scalars, Literal, list, dict with string keys, unions of them).
+    """Return `value` as `annotation`: a scalar, a Literal, or a list of those to any depth.
 
     An integer is taken where a number is asked for; nothing else is converted, a bool is no integer.
     `where` opens the message of the UserError that a mismatch raises.
@@ -47,31 +44,25 @@ def decode(value: Any, annotation: Any, where: str) -> Any:
     if origin is list and isinstance(value, list):
         (item,) = get_args(annotation)
         return [decode(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        item = get_args(annotation)[1]
-        return {key: decode(entry, item, f"{where}.{key}") for key, entry in value.items()}
-    if origin in (Union, types.UnionType):
-        for arm in get_args(annotation):
-            try:
-                return decode(value, arm, where)
-            except UserError:
-                continue
     if annotation is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{where}: the number is larger than a float can be") from None
     if isinstance(annotation, type) and type(value) is annotation:
         return value
-    raise UserError(f"{where} = {_show(value)}: expected {describe(annotation)}, got {_kind(value)}")
+    raise UserError(
+        f"{where} = {_show(value)}: expected {describe(annotation)}, got {_GOT.get(type(value), type(value).__name__)}"
+    )
 
 
 def check_bounds(value: Any, bounds: Any, where: str) -> None:
-    """Hold a number to its field's bounds (see schema.setting); NaN fails every one."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return
-    if "auto" in bounds and value == bounds["auto"]:
+    """Hold a number to its field's bounds (see schema.setting)."""
+    if type(value) not in (int, float) or ("auto" in bounds and value == bounds["auto"]):
         return
     auto = f", or {bounds['auto']}" if "auto" in bounds else ""
-    if math.isnan(value):
-        raise UserError(f"{where} = nan: expected a number")
+    if not math.isfinite(value) and not (value == math.inf and bounds.get("infinite")):
+        raise UserError(f"{where} = {value}: expected a finite number")
     if "minimum" in bounds and value < bounds["minimum"]:
         raise UserError(f"{where} = {value}: must be at least {bounds['minimum']}{auto}")
     if "above" in bounds and value <= bounds["above"]:
@@ -81,17 +72,4 @@ def check_bounds(value: Any, bounds: Any, where: str) -> None:
 
 
 def _show(value: Any) -> str:
-    if isinstance(value, str):
-        return f'"{value}"'
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _kind(value: Any) -> str:
-    return {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "a table",
-    }.get(type(value), type(value).__name__)
+    return json.dumps(value, ensure_ascii=False, default=str)

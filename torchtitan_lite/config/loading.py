@@ -16,8 +16,23 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# Sections of TorchTitan 0.2.2 that have no part here yet: its recipes get a plain answer, not a riddle.
-_NOT_YET = ("activation_checkpoint", "compile", "profiling", "quantize", "fault_tolerance", "experimental")
+# What TorchTitan 0.2.2 has and this does not yet: its recipes get a plain answer, not the nearest other key.
+_NOT_YET_SECTIONS = {"activation_checkpoint", "compile", "profiling", "quantize", "fault_tolerance", "experimental"}
+_NOT_YET_KEYS = {
+    "checkpoint": "async_mode create_seed_checkpoint enable_first_step_checkpoint exclude_from_loading export_dtype "
+    "initial_load_in_hf initial_load_model_only initial_load_path last_save_in_hf last_save_model_only load_only "
+    "load_step",
+    "comm": "mode save_traces_folder trace_buf_size",
+    "debug": "moe_force_load_balance",
+    "job": "print_config save_config_file custom_config_module",
+    "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
+    "model": "converters hf_assets_path print_after_conversion",
+    "parallelism": "context_parallel_rotate_method disable_loss_parallel enable_async_tensor_parallel "
+    "expert_tensor_parallel_degree pipeline_parallel_layers_per_stage pipeline_parallel_microbatch_size "
+    "pipeline_parallel_schedule pipeline_parallel_schedule_csv",
+    "training": "dtype enable_cpu_offload gc_debug",
+    "validation": "dataset dataset_path seq_len",
+}
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -51,7 +66,7 @@ def split_override(argument: str) -> tuple[str, str]:
 
 def run_folder(config: JobConfig, recipe: str | Path) -> Path:
     """job.dump_folder, or outputs/ and the recipe's name."""
-    return Path(config.job.dump_folder or Path("outputs") / Path(recipe).stem)
+    return Path(config.job.dump_folder or Path("outputs") / Path(recipe).stem).expanduser()
 
 
 def _layers(recipe: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -84,7 +99,7 @@ def _read_toml(path: Path, extended_by: Path | None) -> dict[str, Any]:
         raise UserError(f"{path}{by}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}{by}: is not UTF-8 text, so no TOML recipe") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and so is a number of 5,000 digits
         raise UserError(f"{path}{by}: not valid TOML: {error}") from None
 
 
@@ -108,12 +123,21 @@ def _take(table: dict[str, Any], schema: type, prefix: str, source: str, values:
 
 
 def _unknown(name: str, prefix: str, siblings: list[str]) -> str:
-    section = name.split(".")[0]
-    if section in _NOT_YET:
+    section, _, key = name.partition(".")
+    if section in _NOT_YET_SECTIONS:
         return f"section [{section}] is not built yet; remove it"
-    hint = nearest(name, list(leaf_names(JobConfig))) or nearest(name.removeprefix(prefix), siblings)
-    what = "unknown key" if prefix else "unknown section or key"
-    return f"{what} {name}{hint or '; there are: ' + ', '.join(siblings)}"
+    if key in _NOT_YET_KEYS.get(section, "").split():
+        return f"{name} is TorchTitan's and not built yet; remove it"
+    return f"{'unknown key' if prefix else 'unknown section or key'} {name}{_hint(name, prefix, siblings)}"
+
+
+def _hint(name: str, prefix: str, siblings: list[str]) -> str:
+    """The same key in another section, a key of this section that is spelled alike, or all that there are."""
+    same_key = [leaf for leaf in leaf_names(JobConfig) if "." in name and leaf.endswith("." + name.rpartition(".")[2])]
+    if same_key:
+        return nearest(name, same_key, cutoff=0.0)
+    near = nearest(name.removeprefix(prefix).partition(".")[0], siblings, before=prefix)
+    return near or f"; there are: {', '.join(siblings)}"
 
 
 def leaf_names(schema: type, prefix: str = "") -> Iterator[str]:
@@ -145,7 +169,7 @@ def _override_value(text: str, annotation: Any) -> Any:
         return text[1:-1] if quoted else text
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return parsed["value"] if len(parsed) == 1 else text
 

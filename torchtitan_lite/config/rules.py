@@ -4,6 +4,7 @@ They need the recipe alone. What also needs the world size or the model is check
 """
 
 from collections.abc import Callable
+from pathlib import PurePath
 
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.errors import UserError
@@ -48,8 +49,8 @@ def folders_stay_in_the_run_folder(config: JobConfig) -> None:
         ("checkpoint.folder", config.checkpoint.folder),
         ("metrics.save_tb_folder", config.metrics.save_tb_folder),
     ):
-        parts = folder.replace("\\", "/").split("/")
-        if not folder.strip() or folder.startswith("/") or ".." in parts or parts == ["."]:
+        path = PurePath(folder)
+        if not folder.strip() or not path.parts or path.is_absolute() or ".." in path.parts:
             raise UserError(f'{name} = "{folder}": expected the name of a folder inside the run folder')
 
 

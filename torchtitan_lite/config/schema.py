@@ -15,9 +15,13 @@ def setting(
     maximum: float | None = None,
     above: float | None = None,
     auto: int | None = None,
+    infinite: bool | None = None,
 ) -> Any:
-    """A field with bounds: `minimum` and `maximum` inclusive, `above` exclusive, `auto` exempt from all."""
-    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "auto": auto}
+    """A field with bounds: `minimum` and `maximum` inclusive, `above` exclusive, `auto` exempt from all.
+
+    infinite: whether inf is a value; elsewhere it is refused.
+    """
+    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "auto": auto, "infinite": infinite}
     return field(default=default, metadata={name: value for name, value in bounds.items() if value is not None})
 
 
@@ -71,7 +75,7 @@ class Training:
     seq_len: int = setting(2048, minimum=1)
     """Tokens a sample is trained on; a sample holds one more, for the last label."""
 
-    max_norm: float = setting(1.0, above=0.0)
+    max_norm: float = setting(1.0, above=0.0, infinite=True)
     """Gradients are scaled down to this global L2 norm; inf leaves them as they are."""
 
     steps: int = setting(10_000, minimum=1)

@@ -136,7 +136,7 @@ def _trained_tokenizer(cache: Path, corpus: Corpus, vocab_size: int) -> Path:
         from torchtitan_lite.data.tokenizer import train_tokenizer
 
         logger.info("training a tokenizer of %d pieces on %d documents", vocab_size, len(corpus.names))
-        model = train_tokenizer((text for _, text in corpus.documents()), vocab_size, os.cpu_count() or 1)
+        model = train_tokenizer((text for _, text in corpus.documents()), vocab_size)
         (folder / "tokenizer.model").write_bytes(model)
 
     folder = _published(cache, f"tokenizer-{_key(corpus.signature, str(vocab_size))}", "tokenizer.model", make)
@@ -150,6 +150,9 @@ def _published(cache: Path, name: str, member: str, make: Callable[[Path], None]
         return final
     with _lock(cache / f"{name}.lock"):
         if not (final / member).exists():
+            for left_over in cache.glob(f"{name}.*/"):  # of a process that was killed: it held this lock
+                shutil.rmtree(left_over)
+            shutil.rmtree(final, ignore_errors=True)  # without its member it is no cache
             temporary = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=cache))
             try:
                 make(temporary)
@@ -178,6 +181,8 @@ def _tokenise(folder: Path, corpus: Corpus, model: Path, validation_fraction: fl
     from torchtitan_lite.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
+    if not tokenizer.keeps_text():
+        logger.warning("%s changes white space or characters: what it decodes is not the text to the letter", model)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     logger.info("tokenising %d documents", len(corpus.names))
     writers = {split: _ShardWriter(folder, split, dtype) for split in ("train", "validation")}
@@ -209,7 +214,10 @@ def _tokenise(folder: Path, corpus: Corpus, model: Path, validation_fraction: fl
 
 def _held_out(name: str, fraction: float) -> bool:
     """By a hash of the name: a document stays on its side when others come or go."""
-    return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") < fraction * 2**64
+    return (
+        int.from_bytes(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+        < fraction * 2**64
+    )
 
 
 class _ShardWriter:

@@ -76,9 +76,12 @@ def _signature(root: Path, names: list[str], where: str) -> str:
     digest = sha256()
     size = 0
     for name in names:
-        stat = os.stat(root / name)
+        try:
+            stat = os.stat(root / name)
+        except OSError as error:
+            raise UserError(f"training.dataset_path: {root / name} cannot be read: {error.strerror}") from None
         size += stat.st_size
-        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
     if size == 0:
         raise UserError(f"{where.partition(': no files')[0]}: all files are empty; name a folder with UTF-8 text")
     return digest.hexdigest()

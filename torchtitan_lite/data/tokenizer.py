@@ -5,6 +5,7 @@ in as its three bytes, and decoding joins bytes itself.
 """
 
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -15,6 +16,11 @@ from torchtitan_lite.errors import UserError
 
 _SPACE = "\u2581"
 _CHUNK = 1000  # characters; what the trainer sees as a sentence, line ends included
+# The number goes into the model file: the same on every machine, or the same corpus gives another fingerprint.
+_TRAINER_THREADS = 4
+# U+2581 and U+2585 are the trainer's own marks for a space and for an unknown piece; NUL ends its strings.
+_TRAINER_MARKS = str.maketrans({_SPACE: " ", "\u2585": " ", "\0": " "})
+_PROBE = " two  spaces\tand\n\nlines, \ufb01ne "
 
 
 class Tokenizer:
@@ -37,6 +43,10 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise UserError(f'model.tokenizer_path = "{name}": has no begin or end piece; train it with both')
         self._bytes = [self._surface(index) for index in range(self.vocab_size)]
+
+    def keeps_text(self) -> bool:
+        """Whether white space and ligatures survive: false for a foreign model that normalises."""
+        return self.decode(self.encode(_PROBE)) == _PROBE
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without begin and end."""
@@ -79,7 +89,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f'model.tokenizer_path = "{path}": cannot be read: {error.strerror}') from None
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, threads: int) -> bytes:
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train byte-pair encoding (arXiv:1508.07909) with byte fallback on `texts`; return the model file.
 
     Raises UserError where the texts are too few for `vocab_size`.
@@ -101,11 +111,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, threads: int) -> byte
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            num_threads=threads,
+            num_threads=_TRAINER_THREADS,
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).rsplit(") ", maxsplit=1)[-1].split("\n")[0]
+        # sentencepiece puts its own condition in brackets before the reason, if it gives one.
+        reason = re.sub(r".*\] ?", "", str(error).split("\n")[0]) or "Too little text."
         raise UserError(
             f"the corpus gives no tokenizer of {vocab_size} pieces: {reason} Use more text, or set model.tokenizer_path"
         ) from None
@@ -114,7 +125,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, threads: int) -> byte
 
 def _chunks(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        # U+2581 is the trainer's own mark for a space; NUL ends its strings.
-        clean = text.replace(_SPACE, " ").replace("\0", " ")
+        clean = text.translate(_TRAINER_MARKS)
         for start in range(0, len(clean), _CHUNK):
             yield clean[start : start + _CHUNK]

@@ -29,11 +29,11 @@ def find_model(model: Model) -> tuple[ModelSpec, Any]:
 def _import_spec(path: str) -> ModelSpec:
     module, colon, attribute = path.partition(":")
     where = f'model.spec = "{path}"'
-    if not (module and colon and attribute):
+    if not (module and colon and attribute) or module.startswith("."):
         raise UserError(f"{where}: expected package.module:SPEC")
     try:
         spec = getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise UserError(f"{where}: {error}; is its folder on PYTHONPATH?") from None
     except AttributeError:
         raise UserError(f"{where}: module {module} has no {attribute}") from None

@@ -7,6 +7,7 @@ PEAK_TFLOPS_BF16 = (
     ("H100 PCIe", 756.0),  # NVIDIA H100 data sheet: 1,513 with sparsity
     ("H100 NVL", 835.0),  # NVIDIA H100 NVL data sheet: 1,671 with sparsity
     ("H100", 989.0),  # SXM; NVIDIA H100 data sheet: 1,979 with sparsity
+    ("H200 NVL", 835.0),  # NVIDIA H200 data sheet: 1,671 with sparsity
     ("H200", 989.0),  # NVIDIA H200 data sheet: 1,979 with sparsity
     ("A100", 312.0),  # NVIDIA A100 data sheet, PCIe and SXM alike
     ("B200", 2250.0),  # NVIDIA DGX B200 data sheet: 36 PFLOPS with sparsity over 8
@@ -16,5 +17,7 @@ PEAK_TFLOPS_BF16 = (
 
 def peak_tflops(device_name: str) -> float | None:
     """Peak TFLOP/s of a device by the name that torch gives it, None where it is not in the table."""
+    if "MIG" in device_name:  # a slice of a device
+        return None
     # Whole words: a GH200 is no H200, a GB200 no B200.
     return next((peak for name, peak in PEAK_TFLOPS_BF16 if re.search(rf"\b{name}\b", device_name)), None)

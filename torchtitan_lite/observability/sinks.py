@@ -1,10 +1,15 @@
 """Where a run's records go: metrics.jsonl, events.jsonl, samples.jsonl, TensorBoard. One process writes."""
 
 import json
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from torchtitan_lite.strict_json import strict_dumps
+
+_FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
 
 
 class RunLog:
@@ -15,6 +20,9 @@ class RunLog:
 
     def __init__(self, folder: Path, writes: bool) -> None:
         self._folder, self._writes = folder, writes
+        if writes:
+            for name in _FILES:
+                _drop_cut_line(folder / name)
         self.attempt = 1 + sum(event["event"] == "start" for event in read_lines(folder / "events.jsonl"))
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -31,7 +39,13 @@ class RunLog:
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if self._writes:
             with (self._folder / name).open("ab", buffering=0) as handle:
-                handle.write((json.dumps(record) + "\n").encode())
+                handle.write((strict_dumps(record) + "\n").encode())
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Take away what follows the last line end: the next record would be glued to it."""
+    if path.exists() and (whole := path.read_bytes().rfind(b"\n") + 1) < path.stat().st_size:
+        os.truncate(path, whole)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

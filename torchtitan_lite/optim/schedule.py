@@ -33,7 +33,7 @@ class Schedule:
 
     def _factor(self, step: int) -> float:
         if step <= self.warmup:
-            return step / (self.warmup + 1)
+            return step / self.warmup
         into = step - self.warmup - self.stable - 1
         if into <= 0:
             return 1.0
@@ -45,9 +45,9 @@ class Schedule:
 
 
 def build_schedule(config: LRScheduler, peak: float) -> Schedule:
-    """The schedule of a resolved config: `total_steps` is known. A decay that the warm-up leaves no room for
-    is shortened to what is left, as in TorchTitan; the log shows the lengths that came out."""
+    """The schedule of a resolved config: `total_steps` is known. As in TorchTitan, a warm-up longer than the
+    schedule is shortened to it, and a decay to what the warm-up leaves; the log shows the lengths that came out."""
     warmup = min(config.warmup_steps, config.total_steps)
     room = config.total_steps - warmup
     decay = room if config.decay_ratio < 0 else min(room, round(config.total_steps * config.decay_ratio))
-    return Schedule(peak, config.warmup_steps, room - decay, decay, config.decay_type, config.min_lr_factor)
+    return Schedule(peak, warmup, room - decay, decay, config.decay_type, config.min_lr_factor)
