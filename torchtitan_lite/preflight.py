@@ -6,7 +6,7 @@ The launcher runs it once; each rank runs it again and finds the same, the corpu
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,8 @@ def prepare_job(plan: JobPlan) -> Prepared:
 
 def identity(plan: JobPlan, prepared: Prepared) -> dict[str, Any]:
     """What may not change when a run is resumed."""
-    args = plan.model_args
-    shape = asdict(args) if is_dataclass(args) and not isinstance(args, type) else repr(args)
     return {
-        "model": {"name": plan.spec.name, **shape} if isinstance(shape, dict) else shape,
+        "model": {"name": plan.spec.name, **asdict(plan.model_args)},
         "tokenizer": prepared.tokenizer_fingerprint,
         "data": prepared.fingerprint,
         "training.seq_len": plan.config.training.seq_len,
@@ -145,11 +143,11 @@ def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
             raise UserError(f"{plan.folder}: holds checkpoints but no config.json; choose another job.dump_folder")
         return
     try:
-        before = _flat(json.loads(path.read_text())["identity"])
+        before = flat(json.loads(path.read_text())["identity"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is not a config.json of ours; choose another job.dump_folder or remove it") from None
-    now = json.loads(json.dumps(identity(plan, prepared)))
-    for key, value in _flat(now).items():
+    now = flat(json.loads(json.dumps(identity(plan, prepared))))
+    for key, value in now.items():
         if (was := before.get(key)) != value:
             raise UserError(
                 f"{plan.folder}: its run has {key} = {was}, this one {value}, which may not change on a resume; "
@@ -157,8 +155,9 @@ def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
             )
 
 
-def _flat(table: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table as one of dotted names."""
+    leaves: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= {f"{key}.{inner}": entry for inner, entry in value.items()} if isinstance(value, dict) else {key: value}
-    return flat
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves

@@ -1,15 +1,15 @@
 """Entry of one rank: `torchrun ... -m torchtitan_lite.train RECIPE.toml [--section.key=value ...]`."""
 
-import json
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.logging import setup_logging
-from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job
+from torchtitan_lite.preflight import JobPlan, finished_step, flat, identity, plan_job, prepare_job
 
 logger = logging.getLogger("torchtitan_lite")
 
@@ -49,8 +49,10 @@ def run(plan: JobPlan) -> None:
 
     here = runtime.start(plan.config.comm, plan.config.debug)
     try:
-        same = {"identity": identity(plan, prepared), "config": asdict(plan.config)}
-        runtime.require_equal_on_all_ranks(json.dumps(same, sort_keys=True), "the job")
+        settings = flat(asdict(plan.config)) | flat(identity(plan, prepared))
+        # A folder that is not shared between nodes would have some resume and others start.
+        settings["checkpoints in the run folder"] = published_steps(plan.checkpoint_folder)
+        runtime.require_equal_on_all_ranks(settings)
         if here.rank == 0:
             write_config_json(plan, identity(plan, prepared), here.device_name)
         Trainer(plan, prepared, here, RunLog(plan.folder, writes=here.rank == 0)).train()

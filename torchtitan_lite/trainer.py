@@ -68,6 +68,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             plan.checkpoint_folder, config.checkpoint.keep_latest_k, module, self.optimizer, identity(plan, prepared)
         )
+        # The table's peaks are bfloat16's.
         peak = peak_tflops(here.device_name) if config.training.mixed_precision_param == "bfloat16" else None
         flops_per_token = plan.model_args.flops_per_token(seq_len)
         self.clock = StepClock(flops_per_token, plan.tokens_per_step, here.world_size, peak)

@@ -38,18 +38,18 @@ def test_tightened_timeouts_hold_on_every_group(pool: RankPool) -> None:
     assert all(1.5 < wait < 5 for wait in waits), waits
 
 
-def _disagree(values: list[str]) -> str:
+def _disagree(seeds: list[int]) -> str:
     try:
-        runtime.require_equal_on_all_ranks(values[dist.get_rank()], "the job")
+        runtime.require_equal_on_all_ranks({"training.steps": 5, "debug.seed": seeds[dist.get_rank()]})
     except UserError as error:
         return str(error)
     return "equal"
 
 
 def test_ranks_that_disagree_are_named(pool: RankPool) -> None:
-    assert pool.run(_disagree, 2, ["a", "a"]) == ["equal", "equal"]
-    messages = pool.run(_disagree, 3, ["a", "a", "b"])
-    assert messages == ["the job differs between ranks: rank 0 has a, rank 2 has b"] * 3
+    assert pool.run(_disagree, 2, [1, 1]) == ["equal", "equal"]
+    messages = pool.run(_disagree, 3, [1, 1, 7])
+    assert messages == ["debug.seed differs between ranks: rank 0 has 1, rank 2 has 7"] * 3
 
 
 def _start_alone() -> tuple[int, int, int]:

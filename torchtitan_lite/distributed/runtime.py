@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,14 +49,17 @@ def tighten_timeouts(seconds: int) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def require_equal_on_all_ranks(value: str, what: str) -> None:
-    """Raise UserError where a rank holds another `value`: nodes with different files train on different things."""
-    values: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    if others := [rank for rank, other in enumerate(values) if other != values[0]]:
-        raise UserError(
-            f"{what} differs between ranks: rank 0 has {values[0]}, rank {others[0]} has {values[others[0]]}"
-        )
+def require_equal_on_all_ranks(settings: dict[str, Any]) -> None:
+    """Raise UserError on every rank where one has another value of a setting; collective.
+
+    Nodes with other files or environments would train on different things, or hang.
+    """
+    every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, settings)
+    for key, value in every[0].items():
+        for rank, others in enumerate(every):
+            if others[key] != value:
+                raise UserError(f"{key} differs between ranks: rank 0 has {value}, rank {rank} has {others[key]}")
 
 
 def stop() -> None:
