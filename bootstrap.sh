@@ -61,10 +61,10 @@ _make_venv() { # venv extra wanted
   if command -v flock >/dev/null; then
     exec 9>"$root/.venv.lock"
     flock 9
-    if _stamped "$venv" "$extra" "$wanted"; then
-      exec 9>&-
-      return
-    fi
+  fi
+  if _stamped "$venv" "$extra" "$wanted"; then
+    exec 9>&-
+    return
   fi
   if ! "$venv/bin/python" -c '' 2>/dev/null; then
     _say "making $venv with $("$base" --version)"
@@ -84,5 +84,5 @@ _make_venv() { # venv extra wanted
   }
   printf '%s\n' "$wanted" >"$venv/.installed-$extra"
   _say "ready"
-  if command -v flock >/dev/null; then exec 9>&-; fi
+  exec 9>&-
 }

@@ -28,4 +28,6 @@ done
 # shellcheck source=bootstrap.sh
 . "$root/bootstrap.sh"
 bootstrap core
+# This checkout's code, whatever an environment has installed, for the launcher and for the ranks.
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m torchtitan_lite.launch "$@"

@@ -54,13 +54,19 @@ class TrainableModel:
         return sums[0] / sums[1]
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        logits = self.module(batch.tokens.to(self.device, non_blocking=True))
-        return token_loss_sum(logits, batch.labels.to(self.device, non_blocking=True))
+        return token_loss_sum(self.module(self._on_device(batch.tokens)), self._on_device(batch.labels))
+
+    def _on_device(self, host: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return host
+        # Only a copy from pinned memory leaves the host free to go on.
+        return host.pin_memory().to(self.device, non_blocking=True)
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Tokens with a label in the global batch: float32 scalar."""
         local = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        count = torch.tensor(local, dtype=torch.float32, device=self.device)
+        # Filled on the device: a copy from the host would wait for it.
+        count = torch.full((), local, dtype=torch.float32, device=self.device)
         dist.all_reduce(count)
         return count
 

@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = int(options.run(options, rest))
         sys.stdout.flush()
         return code
+    except KeyboardInterrupt:
+        return 130
     except UserError as error:
         print(error.line(), file=sys.stderr)
         return 2

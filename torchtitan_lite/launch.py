@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from torchtitan_lite.checkpoint.storage import published_steps
+from torchtitan_lite.distributed.environment import cores, count_from
 from torchtitan_lite.errors import UserError
-from torchtitan_lite.observability.logging import setup_logging
-from torchtitan_lite.preflight import finished_step, plan_job, prepare_job
+from torchtitan_lite.observability.logging import setup_logging, shown_ranks
+from torchtitan_lite.preflight import JobPlan, finished_step, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.train import already_finished
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "train_configs" / "llama3_debug.toml"
@@ -22,10 +24,15 @@ def main(arguments: Sequence[str]) -> int:
     try:
         setup_logging()
         recipe, overrides = split_recipe(arguments)
-        nodes, ranks = _count("NNODES", 1), _count("NPROC", _accelerators() or 2)
+        nodes, ranks = count_from("NNODES", 1), count_from("NPROC", _accelerators() or 2)
+        shown_ranks(nodes * ranks)
+        # Cores over ranks; torch takes its own number of threads from this too.
+        os.environ["OMP_NUM_THREADS"] = str(count_from("OMP_NUM_THREADS", max(1, cores() // ranks)))
         rendezvous = _rendezvous(nodes)
         plan = plan_job(recipe, overrides, nodes * ranks)
         prepare_job(plan)
+        with run_folder_held(plan.folder):  # rank 0 takes it again, for good
+            pass
         if (step := finished_step(plan)) is not None:
             logger.info(already_finished(plan, step))
             return 0
@@ -34,10 +41,10 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    # Cores over ranks; torch takes its own number of threads from this too.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    if nodes > 1:
+        logger.info("waiting for %d nodes at %s", nodes, os.environ["RDZV_ENDPOINT"])
     command = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", *rendezvous, "-m", "torchtitan_lite.train"]
-    return _torchrun([*command, str(recipe), *overrides])
+    return _torchrun([*command, str(recipe), *overrides], plan)
 
 
 def split_recipe(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -47,19 +54,15 @@ def split_recipe(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     return DEFAULT_RECIPE, list(arguments)
 
 
-def _count(variable: str, default: int) -> int:
-    text = os.environ.get(variable) or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"{variable}={text}: expected a whole number of at least 1")
-    return int(text)
-
-
 def _rendezvous(nodes: int) -> list[str]:
     endpoint = os.environ.get("RDZV_ENDPOINT", "")
     if nodes == 1 and not endpoint:
         return ["--standalone"]  # a free port of this machine
     if not endpoint:
         raise UserError(f"NNODES={nodes} needs RDZV_ENDPOINT=HOST:PORT, the same on every node")
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise UserError(f"RDZV_ENDPOINT={endpoint}: expected HOST:PORT, as in node0:29500")
     return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=torchtitan_lite"]
 
 
@@ -73,21 +76,29 @@ def _accelerators() -> int:
     return len(nvidia) or len(amd)
 
 
-def _torchrun(command: list[str]) -> int:
+def _torchrun(command: list[str], plan: JobPlan) -> int:
     """Run torchrun's own entry; it returns after the last rank, and passes signals on to all of them."""
     try:
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.api import SignalException
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.elastic.rendezvous import RendezvousError
     except KeyboardInterrupt:
         return 130
     # The ranks have printed what went wrong; the agent's own account of it is a page long.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run.main(command)
     except SignalException as stopped:
-        print(f"stopped by {stopped.sigval.name}; the next start resumes from the last checkpoint", file=sys.stderr)
+        steps = published_steps(plan.checkpoint_folder)
+        begin = f"resumes from step {steps[-1]}" if steps else "begins anew, there is no checkpoint yet"
+        print(f"stopped by {stopped.sigval.name}; the next start {begin}", file=sys.stderr)
         return 128 + int(stopped.sigval)
+    except RendezvousError as error:
+        print(f"error: the nodes did not meet: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except ChildFailedError as failed:

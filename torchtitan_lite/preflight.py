@@ -3,9 +3,11 @@
 The launcher runs it once; each rank runs it again and finds the same, the corpus in the cache.
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,8 @@ def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> J
 
 def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
-    _make_writable(plan.folder)
     config = plan.config
+    _make_writable(plan.folder, (config.checkpoint.folder, config.metrics.save_tb_folder))
     _resume_needs_checkpoints_on(plan)
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, plan.model_args.vocab_size)
     require_samples(prepared, config.training.seq_len, config.validation.enable)
@@ -92,6 +94,7 @@ def identity(plan: JobPlan, prepared: Prepared) -> dict[str, Any]:
         "data": prepared.fingerprint,
         "training.seq_len": plan.config.training.seq_len,
         "debug.seed": plan.config.debug.seed,
+        "checkpoint.folder": plan.config.checkpoint.folder,
     }
 
 
@@ -118,13 +121,37 @@ def _sequence_fits_the_model(config: JobConfig, args: Any) -> None:
         )
 
 
-def _make_writable(folder: Path) -> None:
+@contextmanager
+def run_folder_held(folder: Path) -> Iterator[None]:
+    """Keep every other run out of the folder. The lock goes with the process, however it ends."""
+    with (folder / ".lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise UserError(
+                f"{folder}: process {handle.read()} is running in it; wait for it, stop it, or choose another "
+                "job.dump_folder"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+def _make_writable(folder: Path, folders: Sequence[str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f'job.dump_folder = "{folder}": cannot be made: {error.strerror}; choose another') from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f'job.dump_folder = "{folder}": is not writable; choose another or change its permissions')
+    for name in ("config.json", "metrics.jsonl", "events.jsonl", "samples.jsonl"):
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is not a file, and the run writes one there; move it away")
+    for name in folders:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise UserError(f"{folder / name}: is not a folder, and the run writes one there; move it away")
 
 
 def _resume_needs_checkpoints_on(plan: JobPlan) -> None:
@@ -147,8 +174,9 @@ def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: is not a config.json of ours; choose another job.dump_folder or remove it") from None
     now = flat(json.loads(json.dumps(identity(plan, prepared))))
-    for key, value in now.items():
-        if (was := before.get(key)) != value:
+    for key in sorted(before | now):
+        was, value = before.get(key, "nothing"), now.get(key, "nothing")
+        if was != value:
             raise UserError(
                 f"{plan.folder}: its run has {key} = {was}, this one {value}, which may not change on a resume; "
                 "choose another job.dump_folder or set it back"

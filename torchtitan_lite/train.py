@@ -1,38 +1,41 @@
 """Entry of one rank: `torchrun ... -m torchtitan_lite.train RECIPE.toml [--section.key=value ...]`."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 
 from torchtitan_lite.checkpoint.storage import published_steps
+from torchtitan_lite.data.prepare import Prepared
+from torchtitan_lite.distributed.environment import environment_ranks
 from torchtitan_lite.errors import UserError
-from torchtitan_lite.observability.logging import setup_logging
-from torchtitan_lite.preflight import JobPlan, finished_step, flat, identity, plan_job, prepare_job
+from torchtitan_lite.observability.logging import setup_logging, shown_ranks
+from torchtitan_lite.preflight import JobPlan, finished_step, flat, identity, plan_job, prepare_job, run_folder_held
 
 logger = logging.getLogger("torchtitan_lite")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train; return the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Train; return the exit code: 0 done, 2 the user's mistake."""
+    rank, world_size = environment_ranks()
     try:
-        setup_logging(rank=rank)
+        setup_logging(shown=rank in shown_ranks(world_size))
         if not arguments or arguments[0].startswith("--"):
             raise UserError("no recipe; name a TOML file first, as in train_configs/llama3_debug.toml")
-        plan = plan_job(arguments[0], arguments[1:], int(os.environ.get("WORLD_SIZE", "1")))
-        run(plan)
+        plan = plan_job(arguments[0], arguments[1:], world_size)
+        run(plan, rank)
     except UserError as error:
         print(error.line(), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
     return 0
 
 
-def run(plan: JobPlan) -> None:
-    """Prepare, start the process group, train, say where everything is."""
+def run(plan: JobPlan, rank: int) -> None:
+    """Prepare, train, say where everything is."""
     for what, value in plan.derived():
         logger.info("%-8s  %s", what, value)
     prepared = prepare_job(plan)
@@ -40,7 +43,12 @@ def run(plan: JobPlan) -> None:
     if (step := finished_step(plan)) is not None:
         logger.info(already_finished(plan, step))
         return
+    with run_folder_held(plan.folder) if rank == 0 else nullcontext():
+        _train(plan, prepared)
+    logger.info(where_it_is(plan))
 
+
+def _train(plan: JobPlan, prepared: Prepared) -> None:
     # Here, not above: a mistake in the recipe is answered before torch is paid for.
     from torchtitan_lite.distributed import runtime
     from torchtitan_lite.observability.sinks import RunLog
@@ -58,7 +66,6 @@ def run(plan: JobPlan) -> None:
         Trainer(plan, prepared, here, RunLog(plan.folder, writes=here.rank == 0)).train()
     finally:
         runtime.stop()
-    logger.info(where_it_is(plan))
 
 
 def already_finished(plan: JobPlan, step: int) -> str:
@@ -79,5 +86,17 @@ def where_it_is(plan: JobPlan) -> str:
     )
 
 
+def _die_with_the_launcher() -> None:
+    """End at once on Ctrl-C, and when the launcher is killed: ranks that train on would write beside the next start.
+
+    Python's own handler would wait for the collective or the rendezvous that the rank is in.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 if __name__ == "__main__":
+    _die_with_the_launcher()
     sys.exit(main(sys.argv[1:]))

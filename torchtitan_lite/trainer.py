@@ -143,10 +143,11 @@ class Trainer:
 
     def _validate(self, store: SampleStore, tensorboard: TensorBoard | None) -> None:
         """Loss on the held-out part; training's position stays where it is. Collective."""
-        section = self.config.validation
+        section, per_step = self.config.validation, self.config.training.global_batch_size
+        samples = store.samples if section.steps == -1 else section.steps * per_step
         with self.clock.paused():
             batches = validation_batches(
-                store, section.local_batch_size, section.steps, self.batch_rank, self.plan.dims.batch_ranks
+                store, samples, section.local_batch_size, self.batch_rank, self.plan.dims.batch_ranks
             )
             loss = self.model.evaluate(batches).item()
         self.log.event("validation", self.progress.step, loss=loss)
@@ -166,6 +167,8 @@ class Trainer:
         latest = self.checkpoints.latest() if self.config.checkpoint.enable else None
         self.log.event("start", latest or 0, world_size=self.here.world_size, mesh=str(self.plan.dims))
         if latest is None:
+            if self.log.attempt > 1:
+                logger.info("no checkpoint in %s: from the start again, earlier lines are superseded", self.plan.folder)
             return
         self.progress, saved_ranks = self.checkpoints.load(latest)
         self.loader.position = self.progress.position

@@ -83,7 +83,7 @@ def test_validation_reads_each_sample_once(store: SampleStore, ranks: int) -> No
     seen: list[int] = []
     lengths = set()
     for rank in range(ranks):
-        batches = list(validation_batches(store, 5, -1, rank, ranks))
+        batches = list(validation_batches(store, 1000, 5, rank, ranks))
         lengths.add(len(batches))
         seen += [
             int(row[0])
@@ -95,6 +95,13 @@ def test_validation_reads_each_sample_once(store: SampleStore, ranks: int) -> No
     assert sorted(seen) == [sample * SEQ_LEN for sample in range(24)]
 
 
-def test_validation_stops_after_steps(store: SampleStore) -> None:
-    assert len(list(validation_batches(store, 2, 3, 0, 2))) == 3
-    assert len(list(validation_batches(store, 2, 100, 0, 2))) == 6
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_validation_takes_the_same_samples_on_every_mesh(store: SampleStore, ranks: int) -> None:
+    seen = [
+        int(row[0])
+        for rank in range(ranks)
+        for batch in validation_batches(store, 11, 2, rank, ranks)
+        for row, label in zip(batch.tokens, batch.labels, strict=True)
+        if label[0] != IGNORE
+    ]
+    assert sorted(seen) == [sample * SEQ_LEN for sample in range(11)]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtitan_lite.checkpoint import storage
+from torchtitan_lite.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class CheckpointManager:
     ) -> None:
         self._folder, self._keep = folder, keep_latest_k
         self._model, self._optimizer, self._identity = model, optimizer, identity
+        self._device = next(model.parameters()).device.type
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; None where there is none."""
@@ -68,14 +70,19 @@ class CheckpointManager:
             listed = storage.file_digests(staging, ".metadata")
             for part in files:
                 listed.update(part)
+            if missing := [name for name in listed if not (staging / name).exists()]:
+                raise UserError(f"{staging}: rank 0 does not see {missing[0]}; the nodes must share the run folder")
             contents = {
                 "step": progress.step,
                 "position": progress.position,
                 "tokens_seen": progress.tokens_seen,
                 "world_size": dist.get_world_size(),
+                "device": self._device,
                 "identity": self._identity,
                 "files": listed,
             }
+            if final.exists():  # without a manifest, or this step would have been resumed from
+                storage.set_aside(final)
             storage.publish(staging, final, contents)
             storage.prune(self._folder, self._keep)
         dist.barrier()
@@ -91,17 +98,14 @@ class CheckpointManager:
         final = self.folder_of(step)
         manifest = storage.read_manifest(final)
         _materialize_state(self._optimizer)
-        same_ranks = manifest["world_size"] == dist.get_world_size()
+        before = (manifest["world_size"], manifest["device"])
+        same_ranks = before == (dist.get_world_size(), self._device)
         tensors = self._tensors(with_rng=same_ranks)
         dcp.load(tensors, storage_reader=dcp.FileSystemReader(final))
         if same_ranks:
             _set_rng_state(tensors)
         else:
-            logger.info(
-                "%d ranks saved, %d load: random generators start from the seed",
-                manifest["world_size"],
-                dist.get_world_size(),
-            )
+            logger.info("saved by %d ranks on %s: random generators start from the seed", *before)
         return Progress(manifest["step"], manifest["position"], manifest["tokens_seen"]), manifest["world_size"]
 
     def _tensors(self, with_rng: bool = True) -> dict[str, Tensor]:

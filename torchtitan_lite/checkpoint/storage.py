@@ -57,6 +57,13 @@ def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
     _sync(final.parent)
 
 
+def set_aside(folder: Path) -> Path:
+    """Rename a folder that is no checkpoint to `step-N.bad`, in the place of an earlier one of that name."""
+    bad = folder.with_name(f"{folder.name}.bad")
+    shutil.rmtree(bad, ignore_errors=True)
+    return folder.rename(bad)
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises ValueError where its own checksum is not that of its contents."""
     contents: dict[str, Any] = json.loads((folder / MANIFEST).read_text())

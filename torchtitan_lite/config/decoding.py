@@ -14,8 +14,10 @@ def nearest(word: str, choices: list[str], cutoff: float = 0.6, before: str = ""
     """`; did you mean X?` with `before` in front of X, or an empty string where nothing is close."""
     from difflib import get_close_matches
 
-    matches = get_close_matches(word, choices, n=1, cutoff=cutoff)
-    return f"; did you mean {before}{matches[0]}?" if matches else ""
+    # Case is the first thing to get wrong: 8b for 8B.
+    spelled = {choice.lower(): choice for choice in reversed(choices)}
+    matches = get_close_matches(word.lower(), spelled, n=1, cutoff=cutoff)
+    return f"; did you mean {before}{spelled[matches[0]]}?" if matches else ""
 
 
 def describe(annotation: Any) -> str:
@@ -67,6 +69,8 @@ def check_bounds(value: Any, bounds: Any, where: str) -> None:
         raise UserError(f"{where} = {value}: must be at least {bounds['minimum']}{auto}")
     if "above" in bounds and value <= bounds["above"]:
         raise UserError(f"{where} = {value}: must be more than {bounds['above']:g}{auto}")
+    if "below" in bounds and value >= bounds["below"]:
+        raise UserError(f"{where} = {value}: must be less than {bounds['below']:g}{auto}")
     if "maximum" in bounds and value > bounds["maximum"]:
         raise UserError(f"{where} = {value}: must be at most {bounds['maximum']}{auto}")
 

@@ -12,6 +12,9 @@ from torchtitan_lite.config import schema
 from torchtitan_lite.config.decoding import describe
 
 
+_LIMITS = {"minimum": "at least", "above": "more than", "below": "less than", "maximum": "at most"}
+
+
 @cache
 def field_docs() -> dict[tuple[str, str], str]:
     """(class name, field name) to the docstring under the field, on one line."""
@@ -73,12 +76,7 @@ def _sections(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _type(field: "Field[Any]") -> str:
     bounds = field.metadata
-    limits = [
-        text
-        for name, text in (("minimum", "at least {:g}"), ("above", "more than {:g}"), ("maximum", "at most {:g}"))
-        if name in bounds
-        for text in [text.format(bounds[name])]
-    ]
+    limits = [f"{words} {bounds[name]:g}" for name, words in _LIMITS.items() if name in bounds]
     limits += [f"or {bounds['auto']}"] if "auto" in bounds else []
     return ", ".join([describe(field.type), *limits]).replace("|", "\\|")
 

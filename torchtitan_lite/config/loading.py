@@ -42,7 +42,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Raises UserError (file, key, mend) for whatever cannot be read or must not be.
     """
     values: dict[str, Any] = {}
-    for path, table in _layers(Path(recipe)):
+    for path, table in _layers(user_path(str(recipe), "recipe")):
         _take(table, JobConfig, "", str(path), values)
     for override in overrides:
         key, text = split_override(override)
@@ -66,7 +66,17 @@ def split_override(argument: str) -> tuple[str, str]:
 
 def run_folder(config: JobConfig, recipe: str | Path) -> Path:
     """job.dump_folder, or outputs/ and the recipe's name."""
-    return Path(config.job.dump_folder or Path("outputs") / Path(recipe).stem).expanduser()
+    return user_path(config.job.dump_folder or f"outputs/{Path(recipe).stem}", "job.dump_folder")
+
+
+def user_path(text: str, where: str) -> Path:
+    """A path that a user wrote, `~` expanded. Raises UserError for one that can be none."""
+    if "\0" in text:
+        raise UserError(f"{where}: a path cannot hold a NUL character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(f'{where} = "{text}": there is no such user') from None
 
 
 def _layers(recipe: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -84,7 +94,7 @@ def _layers(recipe: Path) -> list[tuple[Path, dict[str, Any]]]:
             return layers
         if not isinstance(parent, str):
             raise UserError(f'{path}: extends = {parent}: expected the path of one recipe, as in extends = "base.toml"')
-        path = path.parent / parent
+        path = path.parent / user_path(parent, f"{path}: extends")
 
 
 def _read_toml(path: Path, extended_by: Path | None) -> dict[str, Any]:
@@ -153,7 +163,9 @@ def _annotation(key: str, where: str) -> Any:
     schema: Any = JobConfig
     done = ""
     for part in key.split("."):
-        known = {f.name: f.type for f in fields(schema)} if is_dataclass(schema) else {}
+        if not is_dataclass(schema):
+            raise UserError(f"{where}: {done[:-1]} is a key, not a section; write --{done[:-1]}=VALUE")
+        known = {f.name: f.type for f in fields(schema)}
         if part not in known:
             raise UserError(f"{where}: {_unknown(key, done, list(known))}")
         schema, done = known[part], f"{done}{part}."

@@ -7,6 +7,8 @@ its documentation: error messages and docs/configuration.md are made from it.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+_WEEK_S = 7 * 24 * 3600
+
 
 def setting(
     default: Any,
@@ -14,14 +16,22 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    below: float | None = None,
     auto: int | None = None,
     infinite: bool | None = None,
 ) -> Any:
-    """A field with bounds: `minimum` and `maximum` inclusive, `above` exclusive, `auto` exempt from all.
+    """A field with bounds: `minimum` and `maximum` inclusive, `above` and `below` exclusive, `auto` exempt from all.
 
     infinite: whether inf is a value; elsewhere it is refused.
     """
-    bounds = {"minimum": minimum, "maximum": maximum, "above": above, "auto": auto, "infinite": infinite}
+    bounds = {
+        "minimum": minimum,
+        "maximum": maximum,
+        "above": above,
+        "below": below,
+        "auto": auto,
+        "infinite": infinite,
+    }
     return field(default=default, metadata={name: value for name, value in bounds.items() if value is not None})
 
 
@@ -127,10 +137,10 @@ class Optimizer:
     lr: float = setting(8e-4, minimum=0.0)
     """Peak learning rate."""
 
-    beta1: float = setting(0.9, minimum=0.0, maximum=1.0)
+    beta1: float = setting(0.9, minimum=0.0, below=1.0)
     """Decay of the mean of gradients."""
 
-    beta2: float = setting(0.95, minimum=0.0, maximum=1.0)
+    beta2: float = setting(0.95, minimum=0.0, below=1.0)
     """Decay of the mean of squared gradients."""
 
     eps: float = setting(1e-8, above=0.0)
@@ -198,7 +208,8 @@ class Validation:
     """Training steps between validations."""
 
     steps: int = setting(-1, minimum=1, auto=-1)
-    """Global batches of local_batch_size x data-parallel ranks per validation. -1: the whole held-out part."""
+    """Batches of training.global_batch_size samples per validation, the same on every mesh. -1: the whole held-out
+    part."""
 
 
 @dataclass(frozen=True)
@@ -222,10 +233,10 @@ class Metrics:
 class Comm:
     """Time-outs of collectives."""
 
-    init_timeout_seconds: int = setting(300, minimum=1)
+    init_timeout_seconds: int = setting(300, minimum=1, maximum=_WEEK_S)
     """From the start to the end of the first step."""
 
-    train_timeout_seconds: int = setting(100, minimum=1)
+    train_timeout_seconds: int = setting(100, minimum=1, maximum=_WEEK_S)
     """After the first step."""
 
 

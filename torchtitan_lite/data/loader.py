@@ -82,13 +82,15 @@ class TrainLoader:
         return sample_at(self.position + index, self._store.samples, self._seed)
 
 
-def validation_batches(store: SampleStore, size: int, steps: int, batch_rank: int, batch_ranks: int) -> Iterator[Batch]:
-    """The held-out samples in file order, `size` to a rank and step, the last step filled with zero-weight rows.
+def validation_batches(
+    store: SampleStore, samples: int, size: int, batch_rank: int, batch_ranks: int
+) -> Iterator[Batch]:
+    """The first `samples` of a store in file order, `size` to a rank at a time, filled up with zero-weight rows.
 
-    steps: global batches at most; -1 all. Every rank gets the same number of batches.
+    Every rank gets the same number of batches.
     """
+    samples = min(samples, store.samples)
     per_step = size * batch_ranks
-    available = -(-store.samples // per_step)
-    for step in range(available if steps == -1 else min(steps, available)):
+    for step in range(-(-samples // per_step)):
         start = step * per_step + batch_rank * size
-        yield store.batch(range(start, min(start + size, store.samples)), size)
+        yield store.batch(range(start, min(start + size, samples)), size)

@@ -21,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torchtitan_lite.config.loading import user_path
 from torchtitan_lite.config.schema import Data, Training
 from torchtitan_lite.data.sources import Corpus, find_corpus
 from torchtitan_lite.errors import UserError
@@ -73,7 +74,7 @@ def prepare(training: Training, data: Data, tokenizer_path: str, vocab_size: int
     cache = _cache_folder(data)
     corpus = find_corpus(training)
     if tokenizer_path:
-        model = Path(tokenizer_path).expanduser()
+        model = user_path(tokenizer_path, "model.tokenizer_path")
     else:
         model = _trained_tokenizer(cache, corpus, min(vocab_size, LARGEST_TRAINED_VOCABULARY))
     try:
@@ -115,7 +116,7 @@ def require_samples(prepared: Prepared, seq_len: int, validating: bool) -> None:
 def _cache_folder(data: Data) -> Path:
     named = data.cache_folder or os.environ.get("TORCHTITAN_LITE_CACHE", "")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(named).expanduser() if named else Path(base) / "torchtitan_lite"
+    folder = user_path(named, "cache folder") if named else Path(base) / "torchtitan_lite"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from torchtitan_lite.config.loading import user_path
 from torchtitan_lite.config.schema import Training
 from torchtitan_lite.errors import UserError
 
@@ -42,7 +43,7 @@ def find_corpus(training: Training) -> Corpus:
         names = _walk(root, _SKIPPED_IN_STDLIB, ".py")
         where = f'training.dataset = "python_stdlib": no source files under {root}'
     else:
-        root = Path(training.dataset_path).expanduser()
+        root = user_path(training.dataset_path, "training.dataset_path")
         where = f'training.dataset_path = "{training.dataset_path}"'
         if not root.exists():
             raise UserError(f"{where}: no such file or folder")

@@ -1,7 +1,7 @@
 """Data parallelism: FSDP2, HSDP and DDP, all by `fully_shard` on a mesh of (replicas, shards).
 
 DDP is the case of one shard: every rank holds all parameters and gradients are all-reduced. One mechanism
-gives all of them the same names, dtypes and reductions (docs/decisions/data-parallel.md).
+gives all of them the same names, dtypes and reductions (docs/decisions/0003-data-parallel.md).
 """
 
 from collections.abc import Iterator

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan_lite.config.schema import Comm, Debug
+from torchtitan_lite.distributed.environment import cores, count_from, environment_ranks
 from torchtitan_lite.errors import UserError
 
 
@@ -22,17 +23,12 @@ class Runtime:
     device_name: str
 
 
-def environment_ranks() -> tuple[int, int]:
-    """(rank, world size) as torchrun's environment has them; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start(comm: Comm, debug: Debug) -> Runtime:
     """Choose the device, join the process group, set threads and seeds."""
     rank, world_size = environment_ranks()
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     _make_deterministic(debug, device)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
+    torch.set_num_threads(count_from("OMP_NUM_THREADS", cores()))
     timeout = timedelta(seconds=comm.init_timeout_seconds)
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(_backend(device), timeout=timeout)
@@ -58,8 +54,8 @@ def require_equal_on_all_ranks(settings: dict[str, Any]) -> None:
     dist.all_gather_object(every, settings)
     for key, value in every[0].items():
         for rank, others in enumerate(every):
-            if others[key] != value:
-                raise UserError(f"{key} differs between ranks: rank 0 has {value}, rank {rank} has {others[key]}")
+            if (other := others.get(key, "no such setting")) != value:
+                raise UserError(f"{key} differs between ranks: rank 0 has {value}, rank {rank} has {other}")
 
 
 def stop() -> None:

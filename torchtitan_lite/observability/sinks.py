@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from torchtitan_lite.errors import UserError
 from torchtitan_lite.strict_json import strict_dumps
 
 _FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
@@ -52,8 +53,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON lines file; none where it is missing. A cut last line is left out."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}, line {number}: is not JSON; mend or remove the line") from None
+    return records
 
 
 class TensorBoard:

@@ -15,8 +15,8 @@ def plan(args: Llama3Args) -> ParallelPlan:
 
 
 def initial(name: str, args: Llama3Args) -> Init:
-    """TorchTitan's initialisation: normals of 0.02, what writes into the residual stream scaled down by depth,
-    an output matrix that starts with logits of unit variance."""
+    """TorchTitan's initialisation: normals of 0.02; wo, w2 and w3 scaled down by depth; an output matrix that
+    starts with logits of unit variance."""
     parts = name.split(".")
     if "norm" in parts[-2]:
         return Init(mean=1.0)
@@ -24,7 +24,7 @@ def initial(name: str, args: Llama3Args) -> Init:
         return Init(std=args.dim**-0.5, cutoff=3.0) if args.tied else Init(std=1.0)
     if parts[-2] == "output":
         return Init(std=args.dim**-0.5, cutoff=3.0)
-    if parts[-2] in ("wo", "w2"):
+    if parts[-2] in ("wo", "w2", "w3"):
         layer = int(parts[1])
         return Init(std=0.02 / math.sqrt(2 * (layer + 1)))
     return Init(std=0.02)
