@@ -27,3 +27,33 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(
     cpu = _run(hidden, 1, recipe, tmp_path / "cpu")
     hidden.close()
     assert [line["loss"] for line in gpu] == pytest.approx([line["loss"] for line in cpu], rel=tolerance)
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_device() -> None:
+    import torch
+
+    from tests.tiny import SPEC, TINY
+    from torchtitan_lite.assembly import TrainableModel
+    from torchtitan_lite.config.schema import Comm, Debug, Optimizer
+    from torchtitan_lite.data.loader import Batch
+    from torchtitan_lite.distributed import runtime
+    from torchtitan_lite.models.common.initialize import initialize
+    from torchtitan_lite.optim.gradients import clip_by_global_norm
+    from torchtitan_lite.optim.optimizer import build_optimizer
+
+    here = runtime.start(Comm(), Debug())
+    try:
+        module = SPEC.build(TINY).to(here.device)
+        initialize(module, 1, lambda name: SPEC.initial(name, TINY))
+        model, optimizer = TrainableModel(module, here.device), build_optimizer(Optimizer(), module.named_parameters())
+        rows = torch.randint(TINY.vocab_size, (2, 33))
+        for mode in ("default", "error"):  # the first step allocates
+            torch.cuda.set_sync_debug_mode(mode)
+            model.forward_backward([Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())])
+            clip_by_global_norm(module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        runtime.stop()

@@ -1,6 +1,7 @@
 """What can be known before a process group starts: the plan of a job, and whether its run folder fits it."""
 
 import json
+import os
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from tests.tiny import SPEC, TINY, write_recipe
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.errors import UserError
-from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job
+from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.run_record import write_config_json
 
 
@@ -292,3 +293,37 @@ def test_checkpoints_are_looked_for_in_the_folder_that_the_recipe_names(recipe: 
     _checkpoint(plan_job(recipe, ["--checkpoint.enable=true", "--checkpoint.folder=saved"], 1), 20)
     assert finished_step(plan_job(recipe, ["--checkpoint.enable=true"], 1)) is None
     assert finished_step(plan_job(recipe, ["--checkpoint.enable=true", "--checkpoint.folder=saved"], 1)) == 20
+
+
+def test_a_run_folder_is_held_by_one_and_free_afterwards(tmp_path: Path) -> None:
+    message = rf"process {os.getpid()} is running in it"
+    with run_folder_held(tmp_path), pytest.raises(UserError, match=message), run_folder_held(tmp_path):
+        pass
+    with run_folder_held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.json"])
+def test_a_folder_in_the_place_of_a_file_is_named(recipe: Path, name: str) -> None:
+    plan = plan_job(recipe, [], 1)
+    (plan.folder / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{name}: is not a file"):
+        prepare_job(plan)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "tb"])
+def test_a_file_in_the_place_of_a_folder_is_named(recipe: Path, name: str) -> None:
+    plan = plan_job(recipe, [], 1)
+    plan.folder.mkdir(parents=True)
+    (plan.folder / name).write_text("in the way")
+    with pytest.raises(UserError, match=f"{name}: is not a folder"):
+        prepare_job(plan)
+
+
+def test_a_setting_that_was_a_table_and_is_none_is_a_change(recipe: Path) -> None:
+    plan = plan_job(recipe, [], 1)
+    before = identity(plan, prepare_job(plan))
+    before["model"]["rope_scaling"] = {"factor": 8.0}
+    (plan.folder / "config.json").write_text(json.dumps({"identity": before}))
+    with pytest.raises(UserError, match=r"its run has model\.rope_scaling"):
+        prepare_job(plan)

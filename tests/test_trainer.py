@@ -122,7 +122,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
 
 def test_validation_does_not_touch_the_run(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
     plain = _run(pool, 1, recipe, tmp_path / "plain", "--training.steps=6", "--data.validation_fraction=0.2")
-    on = ("--validation.enable=true", "--validation.freq=2", "--data.validation_fraction=0.2")
+    on = ("--validation.enable=true", "--validation.freq=2", "--data.validation_fraction=0.2", "--validation.steps=2")
     validated = _run(pool, 1, recipe, tmp_path / "validated", "--training.steps=6", *on)
     assert [line["loss"] for line in validated] == [line["loss"] for line in plain]
     _run(pool, 3, recipe, tmp_path / "spread", "--training.steps=6", *on)

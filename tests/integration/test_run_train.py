@@ -107,7 +107,13 @@ def _mistakes(tmp_path: Path, corpus: Path, cache: Path) -> dict[str, tuple[list
         ),
         "ranks": ([good], {"NPROC": "two"}, r"NPROC=two: expected a whole number"),
         "nodes": ([good], {"NNODES": "2"}, r"needs RDZV_ENDPOINT"),
-        "log rank": ([good], {"LOG_RANK": "all"}, r"LOG_RANK=all: expected ranks"),
+        "rendezvous": ([good], {"NNODES": "2", "RDZV_ENDPOINT": "nope"}, r"RDZV_ENDPOINT=nope: expected HOST:PORT"),
+        "log rank": ([good], {"LOG_RANK": "all"}, r"LOG_RANK=all: expected ranks below 1"),
+        "log rank beyond": ([good], {"LOG_RANK": "7"}, r"LOG_RANK=7: expected ranks below 1"),
+        "threads": ([good], {"OMP_NUM_THREADS": "4,2"}, r"OMP_NUM_THREADS=4,2: expected a whole number"),
+        "user": ([good, "--job.dump_folder=~nobody-at-all/x"], {}, r"there is no such user"),
+        "beta": ([good, "--optimizer.beta1=1.0"], {}, r"--optimizer.beta1 = 1.0: must be less than 1"),
+        "timeout": ([good, "--comm.init_timeout_seconds=99999999999999"], {}, r"must be at most 604800"),
         "vocabulary": (
             [good, "--model.spec=", "--model.tokenizer_path=/dev/null"],
             {},
@@ -134,6 +140,7 @@ def test_another_seed_or_model_does_not_resume_a_run(recipe: Path) -> None:
         "--model.flavor=tied": "model.tied = False, this one True",
         "--training.seq_len=16": "training.seq_len = 32, this one 16",
         "--data.validation_fraction=0.3": "data = ",
+        "--checkpoint.folder=elsewhere": "checkpoint.folder = checkpoint, this one elsewhere",
     }.items():
         run = _train(str(recipe), "--training.steps=2", override, NPROC="1")
         assert run.returncode == 2
@@ -141,10 +148,16 @@ def test_another_seed_or_model_does_not_resume_a_run(recipe: Path) -> None:
         assert len(run.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_all_ranks_without_tracebacks(recipe: Path, sent: signal.Signals, code: int) -> None:
-    process = subprocess.Popen(
-        [str(ROOT / "run_train.sh"), str(recipe), "--training.steps=100000", "--lr_scheduler.total_steps=-1"],
+def _start(recipe: Path) -> "subprocess.Popen[str]":
+    """A run that takes for ever, in a process group of its own."""
+    return subprocess.Popen(
+        [
+            str(ROOT / "run_train.sh"),
+            str(recipe),
+            "--training.steps=100000",
+            "--lr_scheduler.total_steps=-1",
+            *overrides,
+        ],
         cwd=ROOT,
         env=_environment(NPROC="2"),
         stdout=subprocess.PIPE,
@@ -152,14 +165,59 @@ def test_a_signal_ends_all_ranks_without_tracebacks(recipe: Path, sent: signal.S
         text=True,
         start_new_session=True,
     )
+
+
+def _read_until(process: "subprocess.Popen[str]", marker: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
-        if "  loss" in line:
-            break
+        if marker in line:
+            return
+    raise AssertionError(f"the run ended before it said {marker}")
+
+
+def _rest_of_output(process: "subprocess.Popen[str]", within: float) -> str:
+    """What is still printed; its end is when the last rank has closed its output."""
     started = time.monotonic()
+    rest, _ = process.communicate(timeout=60)
+    assert time.monotonic() - started < within, rest
+    return rest
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_ranks_without_tracebacks(recipe: Path, sent: signal.Signals, code: int) -> None:
+    process = _start(recipe)
+    _read_until(process, "  loss")
     os.killpg(process.pid, sent)
-    rest = process.stdout.read()  # ends when the last rank has closed its output
-    assert process.wait(timeout=30) == code
-    assert time.monotonic() - started < 10
+    rest = _rest_of_output(process, within=10)
+    assert process.returncode == code
     assert "Traceback" not in rest
-    assert "stopped by" in rest
+    assert f"stopped by {sent.name}; the next start" in rest
+
+
+@pytest.mark.parametrize("delay", [1.0, 2.0, 2.6, 2.9, 3.2])
+def test_ctrl_c_during_start_up_ends_all_ranks_too(recipe: Path, delay: float) -> None:
+    process = _start(recipe)
+    time.sleep(delay)  # the moment is the point: imports, rendezvous, first step
+    os.killpg(process.pid, signal.SIGINT)
+    rest = _rest_of_output(process, within=10)
+    assert process.returncode == 130
+    assert "Traceback" not in rest
+
+
+def test_ranks_go_with_a_launcher_that_is_killed(recipe: Path) -> None:
+    process = _start(recipe)
+    _read_until(process, "  loss")
+    process.kill()
+    _rest_of_output(process, within=10)
+
+
+def test_a_run_folder_takes_one_run_at_a_time(recipe: Path) -> None:
+    process = _start(recipe)
+    try:
+        _read_until(process, "  loss")
+        second = _train(str(recipe), NPROC="1")
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "is running in it; wait for it" in second.stderr

@@ -11,7 +11,6 @@ from typing import Any
 from torchtitan_lite.config import schema
 from torchtitan_lite.config.decoding import describe
 
-
 _LIMITS = {"minimum": "at least", "above": "more than", "below": "less than", "maximum": "at most"}
 
 
