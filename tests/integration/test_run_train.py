@@ -156,7 +156,6 @@ def _start(recipe: Path) -> "subprocess.Popen[str]":
             str(recipe),
             "--training.steps=100000",
             "--lr_scheduler.total_steps=-1",
-            *overrides,
         ],
         cwd=ROOT,
         env=_environment(NPROC="2"),
