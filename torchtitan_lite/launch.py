@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from torchtitan_lite.checkpoint.storage import published_steps
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str]) -> int:
         rendezvous = _rendezvous(nodes)
         plan = plan_job(recipe, overrides, nodes * ranks)
         prepare_job(plan)
-        with run_folder_held(plan.folder):  # rank 0 takes it again, for good
+        # For an answer before torch is imported; rank 0 takes it for good. Launchers of several nodes would collide.
+        with run_folder_held(plan.folder) if nodes == 1 else nullcontext():
             pass
         if (step := finished_step(plan)) is not None:
             logger.info(already_finished(plan, step))

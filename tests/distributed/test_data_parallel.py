@@ -60,6 +60,8 @@ CASES = [
     Case(4, 2, 2, local_batch=1),
     Case(4, 2, 2, flavor="tied", global_batch=7),
     Case(4, 4, 1),
+    pytest.param(Case(8, 2, 4, global_batch=11, local_batch=1), marks=pytest.mark.ranks(8)),
+    pytest.param(Case(8, 1, 8), marks=pytest.mark.ranks(8)),
 ]
 
 
