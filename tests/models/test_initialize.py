@@ -27,8 +27,8 @@ def test_rows_across_blocks_are_those_of_the_whole() -> None:
     shape = torch.Size((3 * module._BLOCK // 1024, 1024))
     per_block = module._BLOCK // 1024
     whole = initial_rows("w", shape, 1, Init(std=1.0), 0, shape[0])
-    part = initial_rows("w", shape, 1, Init(std=1.0), per_block - 3, 2 * per_block + 5)
-    assert torch.equal(part, whole[per_block - 3 : 2 * per_block + 5])
+    for start, stop in ((per_block - 3, 2 * per_block + 5), (per_block + 2, per_block + 9), (2 * per_block, shape[0])):
+        assert torch.equal(initial_rows("w", shape, 1, Init(std=1.0), start, stop), whole[start:stop])
     # Blocks draw from generators of their own.
     assert not torch.equal(whole[:per_block], whole[per_block : 2 * per_block])
 
