@@ -56,6 +56,10 @@ def _train(plan: JobPlan, prepared: Prepared) -> None:
     from torchtitan_lite.trainer import Trainer
 
     here = runtime.start(plan.config.comm, plan.config.debug)
+    if here.device.type == "cpu" and plan.config.training.mixed_precision_param != "float32":
+        logger.info(
+            'bfloat16 is many times slower than float32 on most CPUs: training.mixed_precision_param = "float32"'
+        )
     try:
         settings = flat(asdict(plan.config)) | flat(identity(plan, prepared))
         # A folder that is not shared between nodes would have some resume and others start.
