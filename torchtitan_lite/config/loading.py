@@ -104,7 +104,7 @@ def _read_toml(path: Path, extended_by: Path | None) -> dict[str, Any]:
     except FileNotFoundError:
         folder = path.parent
         names = [p.name for p in folder.glob("*.toml")] if folder.is_dir() else []
-        raise UserError(f"{path}{by}: no such recipe{nearest(path.name, names)}") from None
+        raise UserError(f"{path}{by}: no such recipe{nearest(path.name, names, cutoff=0.75)}") from None
     except OSError as error:
         raise UserError(f"{path}{by}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
