@@ -63,10 +63,10 @@ class TrainableModel:
         return host.pin_memory().to(self.device, non_blocking=True)
 
     def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Tokens with a label in the global batch: float32 scalar."""
+        """Tokens with a label in the global batch: int64 scalar; a float32 would round sums above 2^24."""
         local = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
         # Filled on the device: a copy from the host would wait for it.
-        count = torch.full((), local, dtype=torch.float32, device=self.device)
+        count = torch.full((), local, dtype=torch.int64, device=self.device)
         dist.all_reduce(count)
         return count
 

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from math import prod
 from typing import Any, NoReturn
 
 from torchtitan_lite.config import load_config
@@ -129,29 +128,16 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _checked(recipe: str, world_size: int | None) -> dict[str, Any]:
+    from torchtitan_lite.distributed.parallel_dims import fewest_ranks
     from torchtitan_lite.preflight import plan_job
 
     try:
         if world_size is None:
-            world_size = _fewest_ranks(recipe)
+            world_size = fewest_ranks(load_config(recipe).parallelism)
         plan = plan_job(recipe, (), world_size)
     except UserError as error:
         return {"recipe": recipe, "ok": False, "world_size": world_size, "error": str(error)}
     return {"recipe": recipe, "ok": True, "world_size": world_size, "derived": dict(plan.derived())}
-
-
-def _fewest_ranks(recipe: str) -> int:
-    section = load_config(recipe).parallelism
-    return prod(
-        max(1, degree)
-        for degree in (
-            section.data_parallel_replicate_degree,
-            section.data_parallel_shard_degree,
-            section.context_parallel_degree,
-            section.tensor_parallel_degree,
-            section.pipeline_parallel_degree,
-        )
-    )
 
 
 def _docs(_: argparse.Namespace, __: list[str]) -> int:

@@ -20,6 +20,7 @@ from torchtitan_lite.distributed.parallel_dims import ParallelDims
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.models.registry import find_model
 from torchtitan_lite.models.spec import ModelSpec
+from torchtitan_lite.observability.sinks import LINE_FILES
 from torchtitan_lite.optim.schedule import Schedule, build_schedule
 
 
@@ -146,7 +147,7 @@ def _make_writable(folder: Path, folders: Sequence[str]) -> None:
         raise UserError(f'job.dump_folder = "{folder}": cannot be made: {error.strerror}; choose another') from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f'job.dump_folder = "{folder}": is not writable; choose another or change its permissions')
-    for name in ("config.json", "metrics.jsonl", "events.jsonl", "samples.jsonl"):
+    for name in ("config.json", *LINE_FILES):
         if (folder / name).exists() and not (folder / name).is_file():
             raise UserError(f"{folder / name}: is not a file, and the run writes one there; move it away")
     for name in folders:

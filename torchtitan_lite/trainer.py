@@ -113,7 +113,7 @@ class Trainer:
         return StepResult(loss, grad_norm, rate)
 
     def _next_batches(self, step: int) -> list[Batch]:
-        if self.config.metrics.log_sample_ids:
+        if self.config.metrics.log_sample_ids and self.log.writes:
             self.log.samples(step, self.loader.sample_ids())
         started = time.perf_counter()
         batches = self.loader.next_step()

@@ -1,4 +1,4 @@
-"""The text under each field of the schema, read from its source: for docs/configuration.md and error messages."""
+"""The text under each field of the schema, read from its source, and docs/configuration.md made from it."""
 
 import ast
 import inspect

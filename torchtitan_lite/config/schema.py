@@ -1,7 +1,7 @@
 """Every setting a recipe may hold, with its type, default, bounds and meaning.
 
 Section and key names are TorchTitan 0.2.2's wherever the concept is the same. The text under a field is
-its documentation: error messages and docs/configuration.md are made from it.
+its documentation: docs/configuration.md is made from it.
 """
 
 from dataclasses import dataclass, field

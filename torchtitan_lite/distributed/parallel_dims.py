@@ -48,13 +48,7 @@ class ParallelDims:
 
         Raises UserError where the degrees do not fit the world size, with world sizes that would.
         """
-        degrees = {
-            "pp": parallelism.pipeline_parallel_degree,
-            "dp_replicate": parallelism.data_parallel_replicate_degree,
-            "dp_shard": parallelism.data_parallel_shard_degree,
-            "cp": parallelism.context_parallel_degree,
-            "tp": parallelism.tensor_parallel_degree,
-        }
+        degrees = _asked_for(parallelism)
         if degrees["dp_shard"] == -1:
             others = prod(degree for axis, degree in degrees.items() if axis != "dp_shard")
             if world_size % others:
@@ -101,6 +95,21 @@ class ParallelDims:
         """`4 ranks: dp_replicate 2 x dp_shard 2`"""
         longer = [f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1]
         return f"{self.world_size} ranks: {' x '.join(longer)}" if longer else "1 rank"
+
+
+def fewest_ranks(parallelism: Parallelism) -> int:
+    """The smallest world size that the degrees allow; -1 counts as 1."""
+    return prod(max(1, degree) for degree in _asked_for(parallelism).values())
+
+
+def _asked_for(parallelism: Parallelism) -> dict[str, int]:
+    return {
+        "pp": parallelism.pipeline_parallel_degree,
+        "dp_replicate": parallelism.data_parallel_replicate_degree,
+        "dp_shard": parallelism.data_parallel_shard_degree,
+        "cp": parallelism.context_parallel_degree,
+        "tp": parallelism.tensor_parallel_degree,
+    }
 
 
 def _product(degrees: dict[str, int], skip: str = "") -> str:

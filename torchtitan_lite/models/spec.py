@@ -40,10 +40,11 @@ class Init:
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """Where techniques attach, by module name; `*` stands for one part of a dotted name.
+    """Where techniques attach, by module name.
 
     fsdp_units: groups of modules whose parameters are gathered together, in the order of the forward
-    pass; parameters of no unit belong to the model as a whole.
+    pass. `layers.*`, alone in its group, gives a group for each child of `layers`. Parameters of no group
+    belong to the model as a whole.
     """
 
     fsdp_units: tuple[tuple[str, ...], ...]

@@ -10,7 +10,7 @@ from typing import Any
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.strict_json import strict_dumps
 
-_FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
+LINE_FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
 
 
 class RunLog:
@@ -20,9 +20,9 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, writes: bool) -> None:
-        self._folder, self._writes = folder, writes
+        self._folder, self.writes = folder, writes
         if writes:
-            for name in _FILES:
+            for name in LINE_FILES:
                 _drop_cut_line(folder / name)
         self.attempt = 1 + sum(event["event"] == "start" for event in read_lines(folder / "events.jsonl"))
 
@@ -38,7 +38,7 @@ class RunLog:
         self._append("samples.jsonl", {"step": step, "ids": ids})
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
-        if self._writes:
+        if self.writes:
             with (self._folder / name).open("ab", buffering=0) as handle:
                 handle.write((strict_dumps(record) + "\n").encode())
 
