@@ -19,7 +19,7 @@ LAYERS = (
     {"config"},
     {"distributed", "observability"},
     {"data", "models", "optim", "quantization", "checkpoint", "elastic"},
-    {"assembly", "preflight", "run_record"},
+    {"assembly", "mesh_rules", "preflight", "run_record", "trainable"},
     {"trainer", "planner"},
     {"train"},
     {"launch", "compare", "growth"},

@@ -1,14 +1,24 @@
-"""A Llama small enough for a step in milliseconds, as a model from outside: `model.spec = "tests.tiny:SPEC"`."""
+"""Models small enough for a step in milliseconds, as from outside: `model.spec = "tests.tiny:SPEC"`."""
 
 from dataclasses import replace
 from pathlib import Path
 
 from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.models.llama3.args import Llama3Args
+from torchtitan_lite.models.qwen3 import SPEC as QWEN3
+from torchtitan_lite.models.qwen3.args import Qwen3Args
 
 TINY = Llama3Args(64, 3, 4, 2, 96, vocab_size=384, max_seq_len=512)
 
 SPEC = replace(LLAMA3, name="tiny", flavors={"tiny": TINY, "tied": replace(TINY, tied=True)})
+
+# Enough layers for 8 stages, enough heads for 4 tensor-parallel ranks.
+_DEEP_LLAMA = Llama3Args(64, 8, 8, 4, 96, vocab_size=384, max_seq_len=512)
+_DEEP_QWEN = Qwen3Args(64, 8, 8, 4, 96, head_dim=16, vocab_size=384, max_seq_len=512)
+DEEP_LLAMA = replace(
+    LLAMA3, name="deep_llama", flavors={"untied": _DEEP_LLAMA, "tied": replace(_DEEP_LLAMA, tied=True)}
+)
+DEEP_QWEN = replace(QWEN3, name="deep_qwen", flavors={"untied": _DEEP_QWEN, "tied": replace(_DEEP_QWEN, tied=True)})
 
 
 def write_recipe(path: Path, corpus: Path, cache: Path, **sections: dict[str, object]) -> Path:

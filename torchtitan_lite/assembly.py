@@ -3,103 +3,138 @@
 The order in which techniques are applied stands here, each with its reason.
 """
 
-from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_lite.config.schema import Parallelism, Training
-from torchtitan_lite.data.loader import Batch
-from torchtitan_lite.distributed.data_parallel import apply_data_parallel, reduce_across_replicas
+from torchtitan_lite.config.schema import JobConfig
+from torchtitan_lite.distributed.compile import apply_compile
+from torchtitan_lite.distributed.context_parallel import SequenceShare, apply_context_parallel
+from torchtitan_lite.distributed.data_parallel import DataPlan, apply_data_parallel
+from torchtitan_lite.distributed.mesh import axis, data_axes
+from torchtitan_lite.distributed.parallel_dims import ParallelDims
+from torchtitan_lite.distributed.pipeline import apply_pipeline_parallel, take_out_other_stages
+from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
+from torchtitan_lite.distributed.plans import ParallelPlan
+from torchtitan_lite.distributed.tensor_parallel import apply_tensor_parallel, enable_async
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.spec import ModelSpec
-from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
+from torchtitan_lite.trainable import Loss, Place, Schedule, StagedModel, TrainableModel, WholeModel
 
 
-class TrainableModel:
-    """What the trainer drives, whatever the mesh.
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be assembled, all of it resolved.
 
-    module: this rank's part. device: where it lies.
+    spec, args: the model. plan: where techniques attach to it. pipeline: its stages, None without a pipeline.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module = module
-        self.device = device
-
-    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
-        """Accumulate gradients over this rank's micro-batches of one step.
-
-        Returns this rank's part of the loss (float32 scalar); the parts of all ranks that read samples sum
-        to the mean over the valid tokens of the global batch. Gradients come out as those of that mean.
-        """
-        valid = self._valid_tokens(batches)
-        total = torch.zeros((), device=self.device)
-        for index, batch in enumerate(batches):
-            reduce_across_replicas(self.module, index == len(batches) - 1)
-            loss = self._loss_sum(batch) / valid
-            loss.backward()
-            total += loss.detach()
-        return total
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
-        """The mean loss over the valid tokens of all ranks' batches: float64 scalar, the same on every rank."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for batch in batches:
-            sums[0] += self._loss_sum(batch)
-            sums[1] += (batch.labels != IGNORE).sum()
-        dist.all_reduce(sums)
-        return sums[0] / sums[1]
-
-    def _loss_sum(self, batch: Batch) -> Tensor:
-        return token_loss_sum(self.module(self._on_device(batch.tokens)), self._on_device(batch.labels))
-
-    def _on_device(self, host: Tensor) -> Tensor:
-        if self.device.type == "cpu":
-            return host
-        # Only a copy from pinned memory leaves the host free to go on.
-        return host.pin_memory().to(self.device, non_blocking=True)
-
-    def _valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Tokens with a label in the global batch: int64 scalar; a float32 would round sums above 2^24."""
-        local = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        # Filled on the device: a copy from the host would wait for it.
-        count = torch.full((), local, dtype=torch.int64, device=self.device)
-        dist.all_reduce(count)
-        return count
+    config: JobConfig
+    dims: ParallelDims
+    spec: ModelSpec
+    args: Any
+    plan: ParallelPlan
+    pipeline: PipelinePlan | None
 
 
-def assemble(
-    spec: ModelSpec,
-    args: object,
-    *,
-    mesh: DeviceMesh,
-    device: torch.device,
-    training: Training,
-    parallelism: Parallelism,
-    seed: int,
-) -> TrainableModel:
-    """Build, spread over `mesh`, materialise and initialise a model.
+def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) -> TrainableModel:
+    """Build, spread over `mesh`, materialise and initialise the part of a model that is `rank`'s.
 
     Peak memory is this rank's share: the whole model exists on the meta device only.
     """
+    config, pipeline, at = recipe.config, recipe.pipeline, recipe.dims.coordinate(rank)
+    share = SequenceShare(config.parallelism.context_parallel_rotate_method, at["cp"], recipe.dims.cp)
+    place = Place(
+        device,
+        config.training.seq_len,
+        share,
+        counts=at["tp"] == at["cp"] == at["pp"] == 0,
+        reports=at["tp"] == 0,
+    )
+    if pipeline is None:
+        module = _spread(recipe, _built(recipe, None), mesh, device)
+        return WholeModel(module, place, whole_gradients=not _frees_parameters(recipe))
+    parts = [_spread(recipe, _built(recipe, stage), mesh, device) for stage in pipeline.stages_of(at["pp"])]
+
+    def schedule(loss: Loss) -> Schedule:
+        stages = axis(mesh, "pp")
+        assert stages is not None and pipeline is not None
+        return apply_pipeline_parallel(
+            parts, stages, pipeline, device=device, edges=lambda stage: _edges(recipe, stage), loss=loss
+        )
+
+    # The schedule last: it runs the stages as everything else has left them.
+    return StagedModel(
+        parts,
+        place,
+        microbatches=pipeline.microbatches,
+        first=0 in pipeline.stages_of(at["pp"]),
+        last=len(pipeline.stages) - 1 in pipeline.stages_of(at["pp"]),
+        schedule=schedule,
+    )
+
+
+def _built(recipe: Recipe, stage: int | None) -> nn.Module:
     # Meta first: a 405B model has no room anywhere before it is sharded.
     with torch.device("meta"):
-        module = spec.build(args)
+        module = recipe.spec.build(recipe.args)
+    if stage is not None and recipe.pipeline is not None:
+        # Stages before techniques: none of them then works on what another rank holds.
+        units = tuple(recipe.args.flops_by_module(recipe.config.training.seq_len))
+        take_out_other_stages(module, units, recipe.pipeline.stages[stage])
+    return module
+
+
+def _spread(recipe: Recipe, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+    """All techniques but the pipeline, on a module on meta; returns it materialised and initialised."""
+    config, plan = recipe.config, recipe.plan
+    tensor, context = axis(mesh, "tp"), axis(mesh, "cp")
+    # Wraps attention, which has no parameters: before the others see the modules that are there in the end.
+    if context is not None and plan.context is not None:
+        apply_context_parallel(module, context, plan.context, config.parallelism.context_parallel_rotate_method)
+    # Splits matrices, before FSDP shards what is left of them.
+    if tensor is not None and plan.tensor is not None:
+        if config.parallelism.enable_async_tensor_parallel:
+            enable_async(tensor)
+        apply_tensor_parallel(module, tensor, plan.tensor, loss_parallel=not config.parallelism.disable_loss_parallel)
+    # After what changes a block's graph, before FSDP, whose hooks stay outside the graphs.
+    if config.compile.enable:
+        apply_compile(module, plan, config.compile.backend)
     # Sharding last of all that changes modules: it hooks what the others leave. One rank in full precision has
     # nothing to share or cast and stays plain.
-    if mesh.size() > 1 or training.mixed_precision_param != "float32":
-        apply_data_parallel(
-            module,
-            mesh,
-            spec.plan(args).fsdp_units,
-            param_dtype=training.mixed_precision_param,
-            reduce_dtype=training.mixed_precision_reduce,
-            reshard_after_forward=parallelism.fsdp_reshard_after_forward != "never",
+    offload = config.training.enable_cpu_offload
+    if mesh.size() > 1 or config.training.mixed_precision_param != "float32" or offload:
+        data = DataPlan(
+            plan.fsdp_units,
+            config.training.mixed_precision_param,
+            config.training.mixed_precision_reduce,
+            _frees_parameters(recipe),
+            offload,
         )
+        apply_data_parallel(module, data_axes(mesh), data)
     # Materialised after sharding, so that each rank allocates and draws its shards only.
-    module.to_empty(device=device)
-    initialize(module, seed, lambda name: spec.initial(name, args))
-    return TrainableModel(module, device)
+    module.to_empty(device="cpu" if offload else device)
+    initialize(module, config.debug.seed, lambda name: recipe.spec.initial(name, recipe.args))
+    return module
+
+
+def _frees_parameters(recipe: Recipe) -> bool:
+    """Under a pipeline each micro-batch would gather them again: kept there unless asked for."""
+    policy = recipe.config.parallelism.fsdp_reshard_after_forward
+    return policy == "always" or (policy == "default" and recipe.pipeline is None)
+
+
+def _edges(recipe: Recipe, stage: int) -> tuple[Tensor, Tensor]:
+    """What goes into a stage and comes out of it for one micro-batch, on meta."""
+    training, dims = recipe.config.training, recipe.dims
+    rows = (recipe.config.parallelism.pipeline_parallel_microbatch_size, training.seq_len // dims.cp)
+    tokens = torch.empty(rows, dtype=torch.int64, device="meta")
+    dtype = getattr(torch, training.mixed_precision_param)
+    # With a gradient: that is how torch learns that one comes back.
+    hidden = torch.empty((rows[0], rows[1] // dims.tp, recipe.args.dim), dtype=dtype, device="meta", requires_grad=True)
+    assert recipe.pipeline is not None
+    # The last stage's output stays where it is; its shape is not asked for.
+    return tokens if stage == 0 else hidden, hidden

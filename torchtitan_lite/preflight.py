@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
+from torchtitan_lite.distributed.pipeline_plan import PipelinePlan, plan_pipeline
+from torchtitan_lite.distributed.plans import ParallelPlan
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.mesh_rules import RULES, Case, without_effect
 from torchtitan_lite.models.registry import find_model
 from torchtitan_lite.models.spec import ModelSpec
 from torchtitan_lite.observability.sinks import LINE_FILES
@@ -26,7 +29,10 @@ from torchtitan_lite.optim.schedule import Schedule, build_schedule
 
 @dataclass(frozen=True)
 class JobPlan:
-    """A recipe resolved for a world size. config holds no -1 that stands for something else any more."""
+    """A recipe resolved for a world size. config holds no -1 that stands for something else any more.
+
+    parallel: where techniques attach to the model. pipeline: its stages; None without a pipeline.
+    """
 
     recipe: Path
     config: JobConfig
@@ -35,6 +41,8 @@ class JobPlan:
     schedule: Schedule
     spec: ModelSpec
     model_args: Any
+    parallel: ParallelPlan
+    pipeline: PipelinePlan | None
     folder: Path
 
     @property
@@ -49,7 +57,7 @@ class JobPlan:
         """What followed from recipe and world size, for the log: (what, value)."""
         training = self.config.training
         parameters = self.model_args.parameter_count()
-        return [
+        lines = [
             ("model", f"{self.spec.name} {self.config.model.flavor}, {parameters:,} parameters"),
             ("mesh", str(self.dims)),
             (
@@ -59,6 +67,20 @@ class JobPlan:
             ),
             ("schedule", f"{training.steps} steps to a peak of {self.schedule.peak:g}: {self.schedule}"),
         ]
+        if self.pipeline is not None:
+            lines.append(("pipeline", str(self.pipeline)))
+        return lines
+
+    def warnings(self) -> list[str]:
+        """What is legal and probably not meant."""
+        found = without_effect(self.config)
+        if self.pipeline is not None and self.pipeline.microbatches - self.pipeline.padding < len(self.pipeline.stages):
+            found.append(
+                f"{self.pipeline.microbatches - self.pipeline.padding} micro-batches for {len(self.pipeline.stages)} "
+                f"pipeline stages: {self.pipeline.bubble():.0%} of each rank's time is idle or empty at least; raise "
+                "training.global_batch_size or lower parallelism.pipeline_parallel_microbatch_size"
+            )
+        return found
 
 
 def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> JobPlan:
@@ -69,11 +91,19 @@ def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> J
     spec, args = find_model(config.model)
     folder = run_folder(config, recipe)
     config = resolve(config, dims.dp_shard, dims.batch_ranks, str(folder))
-    _reshard_needs_shards(config, dims)
-    _sequence_fits_the_model(config, args)
+    parallel = spec.plan(args)
     batch = plan_batch(config.training.global_batch_size, config.training.local_batch_size, dims.batch_ranks)
+    pipeline = None
+    if dims.pp > 1 and parallel.stages:
+        most = len(batch.share(0))
+        pipeline = plan_pipeline(config.parallelism, args.flops_by_module(config.training.seq_len), most)
+        size = config.parallelism.pipeline_parallel_microbatch_size
+        batch = replace(batch, microbatches=pipeline.microbatches, microbatch_size=size)
+    case = Case(config, dims, f"{spec.name} {config.model.flavor}", args.max_seq_len, parallel, pipeline)
+    for rule in RULES:
+        rule(case)
     schedule = build_schedule(config.lr_scheduler, config.optimizer.lr)
-    return JobPlan(Path(recipe), config, dims, batch, schedule, spec, args, folder)
+    return JobPlan(Path(recipe), config, dims, batch, schedule, spec, args, parallel, pipeline, folder)
 
 
 def prepare_job(plan: JobPlan) -> Prepared:
@@ -103,23 +133,6 @@ def finished_step(plan: JobPlan) -> int | None:
     """The step of a checkpoint that already is at training.steps or past it; None where the run has more to do."""
     steps = published_steps(plan.checkpoint_folder) if plan.config.checkpoint.enable else []
     return steps[-1] if steps and steps[-1] >= plan.config.training.steps else None
-
-
-def _reshard_needs_shards(config: JobConfig, dims: ParallelDims) -> None:
-    policy = config.parallelism.fsdp_reshard_after_forward
-    if policy != "default" and dims.dp_shard == 1:
-        raise UserError(
-            f'parallelism.fsdp_reshard_after_forward = "{policy}" has no effect: no parameters are sharded on {dims}; '
-            'leave it at "default"'
-        )
-
-
-def _sequence_fits_the_model(config: JobConfig, args: Any) -> None:
-    if config.training.seq_len > args.max_seq_len:
-        raise UserError(
-            f"training.seq_len = {config.training.seq_len} is longer than the {args.max_seq_len} positions of "
-            f"{config.model.flavor}; shorten it"
-        )
 
 
 @contextmanager

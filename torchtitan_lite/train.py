@@ -38,6 +38,8 @@ def run(plan: JobPlan, rank: int) -> None:
     """Prepare, train, say where everything is."""
     for what, value in plan.derived():
         logger.info("%-8s  %s", what, value)
+    for warning in plan.warnings():
+        logger.warning("warning   %s", warning)
     prepared = prepare_job(plan)
     logger.info("data      %s tokens, %s held out", f"{prepared.train.tokens:,}", f"{prepared.validation.tokens:,}")
     if (step := finished_step(plan)) is not None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from torchtitan_lite.assembly import assemble
+from torchtitan_lite.assembly import Recipe, assemble
 from torchtitan_lite.checkpoint.manager import CheckpointManager, Progress
 from torchtitan_lite.data.loader import Batch, SampleStore, TrainLoader, validation_batches
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed import runtime
-from torchtitan_lite.distributed.mesh import build_mesh
+from torchtitan_lite.distributed.mesh import axis, build_mesh
 from torchtitan_lite.observability.hardware import peak_tflops
 from torchtitan_lite.observability.memory import peak_memory_gib
 from torchtitan_lite.observability.metrics import StepClock, console_line
@@ -43,34 +43,35 @@ class Trainer:
     """One run on one rank.
 
     Configuration: plan, config, here (this process among the others).
-    Components: model, optimizer, loader, held_out, checkpoints, clock, log.
+    Components: model, optimizer, loader, held_out, checkpoints, clock, log, stages (the ranks of its pipeline).
     State: progress.
     """
 
     def __init__(self, plan: JobPlan, prepared: Prepared, here: runtime.Runtime, log: RunLog) -> None:
         config = plan.config
         self.plan, self.config, self.here, self.log = plan, config, here, log
-        self.model = assemble(
-            plan.spec,
-            plan.model_args,
-            mesh=build_mesh(plan.dims, here.device.type),
-            device=here.device,
-            training=config.training,
-            parallelism=config.parallelism,
-            seed=config.debug.seed,
-        )
-        module, seq_len = self.model.module, config.training.seq_len
-        self.optimizer = build_optimizer(config.optimizer, module.named_parameters())
+        recipe = Recipe(config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
+        mesh = build_mesh(plan.dims, here.device.type)
+        self.model = assemble(recipe, mesh, here.device, here.rank)
+        stages, seq_len = axis(mesh, "pp"), config.training.seq_len
+        self.stages = None if stages is None else stages.get_group()
+        self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters())
         self.batch_rank = plan.dims.batch_rank(here.rank)
-        train_store = SampleStore(prepared, prepared.train, seq_len)
+        masked = config.data.document_mask
+        train_store = SampleStore(prepared, prepared.train, seq_len, document_mask=masked)
+        held_out_store = SampleStore(prepared, prepared.validation, seq_len, document_mask=masked)
         self.loader = TrainLoader(train_store, plan.batch, self.batch_rank, config.debug.seed)
-        self.held_out = SampleStore(prepared, prepared.validation, seq_len) if config.validation.enable else None
+        self.held_out = held_out_store if config.validation.enable else None
         self.checkpoints = CheckpointManager(
-            plan.checkpoint_folder, config.checkpoint.keep_latest_k, module, self.optimizer, identity(plan, prepared)
+            plan.checkpoint_folder,
+            config.checkpoint.keep_latest_k,
+            self.model,
+            self.optimizer,
+            identity(plan, prepared),
         )
         # The table's peaks are bfloat16's.
         peak = peak_tflops(here.device_name) if config.training.mixed_precision_param == "bfloat16" else None
-        flops_per_token = plan.model_args.flops_per_token(seq_len)
+        flops_per_token = sum(plan.model_args.flops_by_module(seq_len).values())
         self.clock = StepClock(flops_per_token, plan.tokens_per_step, here.world_size, peak)
         self.progress = Progress()
 
@@ -105,7 +106,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss = self.model.forward_backward(batches)
-        grad_norm = clip_by_global_norm(self.model.module.parameters(), self.config.training.max_norm)
+        grad_norm = clip_by_global_norm(self.model.parameters(), self.config.training.max_norm, self.stages)
         self.optimizer.step()
         self.optimizer.zero_grad()
         seen = self.progress.tokens_seen + self.plan.tokens_per_step
@@ -146,9 +147,9 @@ class Trainer:
         section, per_step = self.config.validation, self.config.training.global_batch_size
         samples = store.samples if section.steps == -1 else section.steps * per_step
         with self.clock.paused():
-            batches = validation_batches(
-                store, samples, section.local_batch_size, self.batch_rank, self.plan.dims.batch_ranks
-            )
+            # A pipeline's micro-batches have one size.
+            size = self.plan.batch.microbatch_size if self.plan.pipeline else section.local_batch_size
+            batches = validation_batches(store, samples, size, self.batch_rank, self.plan.dims.batch_ranks)
             loss = self.model.evaluate(batches).item()
         self.log.event("validation", self.progress.step, loss=loss)
         logger.info("validation loss %.4f", loss)

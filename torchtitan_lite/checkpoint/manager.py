@@ -5,10 +5,10 @@ Everything in a checkpoint is a tensor under a name that no mesh changes, or a n
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,13 @@ class Progress:
     tokens_seen: int = 0
 
 
+class Model(Protocol):
+    """What is saved: this rank's parameters, under names that no other rank has unless they are the same ones."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+    def state_dict(self) -> Mapping[str, Tensor]: ...
+
+
 class CheckpointManager:
     """Checkpoints of one run, in `folder`. identity: what may not change on a resume, kept in each manifest."""
 
@@ -36,13 +43,13 @@ class CheckpointManager:
         self,
         folder: Path,
         keep_latest_k: int,
-        model: nn.Module,
+        model: Model,
         optimizer: torch.optim.Optimizer,
         identity: Mapping[str, Any],
     ) -> None:
         self._folder, self._keep = folder, keep_latest_k
         self._model, self._optimizer, self._identity = model, optimizer, identity
-        self._device = next(model.parameters()).device.type
+        self._device = next(parameter.device.type for _, parameter in model.named_parameters())
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint; None where there is none."""

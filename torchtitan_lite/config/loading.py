@@ -17,7 +17,7 @@ else:
     import tomli as tomllib
 
 # What TorchTitan 0.2.2 has and this does not yet: its recipes get a plain answer, not the nearest other key.
-_NOT_YET_SECTIONS = {"activation_checkpoint", "compile", "profiling", "quantize", "fault_tolerance", "experimental"}
+_NOT_YET_SECTIONS = {"activation_checkpoint", "profiling", "quantize", "fault_tolerance", "experimental"}
 _NOT_YET_KEYS = {
     "checkpoint": "async_mode create_seed_checkpoint enable_first_step_checkpoint exclude_from_loading export_dtype "
     "initial_load_in_hf initial_load_model_only initial_load_path last_save_in_hf last_save_model_only load_only "
@@ -27,11 +27,16 @@ _NOT_YET_KEYS = {
     "job": "print_config save_config_file custom_config_module",
     "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
     "model": "converters hf_assets_path print_after_conversion",
-    "parallelism": "context_parallel_rotate_method disable_loss_parallel enable_async_tensor_parallel "
-    "expert_tensor_parallel_degree pipeline_parallel_layers_per_stage pipeline_parallel_microbatch_size "
-    "pipeline_parallel_schedule pipeline_parallel_schedule_csv",
-    "training": "dtype enable_cpu_offload gc_debug",
+    "compile": "components",
+    "parallelism": "enable_compiled_autograd expert_parallel_comm_backend expert_tensor_parallel_degree",
+    "training": "dtype gc_debug",
     "validation": "dataset dataset_path seq_len",
+}
+# What TorchTitan 0.2.2 has and this does another way.
+_INSTEAD = {
+    "parallelism.context_parallel_load_balancer": "the sequence is always balanced over context-parallel ranks",
+    "parallelism.pipeline_parallel_first_stage_less_layers": "the automatic split weighs the embedding by its FLOPs",
+    "parallelism.pipeline_parallel_last_stage_less_layers": "the automatic split weighs norm and output by their FLOPs",
 }
 
 
@@ -138,6 +143,8 @@ def _unknown(name: str, prefix: str, siblings: list[str]) -> str:
         return f"section [{section}] is not built yet; remove it"
     if key in _NOT_YET_KEYS.get(section, "").split():
         return f"{name} is TorchTitan's and not built yet; remove it"
+    if name in _INSTEAD:
+        return f"{name} is TorchTitan's; here {_INSTEAD[name]}; remove it"
     return f"{'unknown key' if prefix else 'unknown section or key'} {name}{_hint(name, prefix, siblings)}"
 
 

@@ -54,6 +54,47 @@ def folders_stay_in_the_run_folder(config: JobConfig) -> None:
             raise UserError(f'{name} = "{folder}": expected the name of a folder inside the run folder')
 
 
+def async_tensor_parallel_needs_compile(config: JobConfig) -> None:
+    parallelism = config.parallelism
+    if not parallelism.enable_async_tensor_parallel:
+        return
+    if parallelism.tensor_parallel_degree == 1:
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel = true has nothing to overlap while "
+            "parallelism.tensor_parallel_degree = 1; set one of them"
+        )
+    if not config.compile.enable or config.compile.backend != "inductor":
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel = true is done by the compiler: set compile.enable = true and "
+            'compile.backend = "inductor", or turn it off'
+        )
+
+
+def one_way_to_cut_a_pipeline(config: JobConfig) -> None:
+    parallelism = config.parallelism
+    if parallelism.module_fqns_per_model_part and parallelism.pipeline_parallel_layers_per_stage != -1:
+        raise UserError(
+            f"parallelism.pipeline_parallel_layers_per_stage = {parallelism.pipeline_parallel_layers_per_stage} and "
+            "module_fqns_per_model_part both cut the model into stages; keep one"
+        )
+
+
+def csv_schedule_names_a_file(config: JobConfig) -> None:
+    parallelism = config.parallelism
+    from_file = parallelism.pipeline_parallel_schedule in ("PipelineScheduleSingle", "PipelineScheduleMulti")
+    if from_file and not parallelism.pipeline_parallel_schedule_csv:
+        raise UserError(
+            f'parallelism.pipeline_parallel_schedule = "{parallelism.pipeline_parallel_schedule}" takes its order from a '
+            "file: name it in parallelism.pipeline_parallel_schedule_csv"
+        )
+    if parallelism.pipeline_parallel_schedule_csv and not from_file:
+        raise UserError(
+            f"parallelism.pipeline_parallel_schedule_csv = {parallelism.pipeline_parallel_schedule_csv} and "
+            f'pipeline_parallel_schedule = "{parallelism.pipeline_parallel_schedule}" both order the pipeline; set the '
+            'schedule to "PipelineScheduleMulti" or remove the file'
+        )
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     stdlib_dataset_takes_no_path,
@@ -61,4 +102,7 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     schedule_covers_the_run,
     validation_needs_a_held_out_part,
     folders_stay_in_the_run_folder,
+    async_tensor_parallel_needs_compile,
+    one_way_to_cut_a_pipeline,
+    csv_schedule_names_a_file,
 )

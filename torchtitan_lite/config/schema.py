@@ -76,7 +76,8 @@ class Training:
     """A file or folder for dataset `text`."""
 
     local_batch_size: int = setting(8, minimum=1)
-    """Samples of a data-parallel rank in one forward pass, at most."""
+    """Samples of a data-parallel rank in one forward pass, at most. Under a pipeline it only stands behind
+    global_batch_size = -1."""
 
     global_batch_size: int = setting(-1, minimum=1, auto=-1)
     """Samples of one step over all ranks. -1: local_batch_size x data-parallel ranks. More than the ranks
@@ -97,6 +98,9 @@ class Training:
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type in which gradients are reduced over ranks."""
 
+    enable_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory, and step the optimizer there."""
+
     gc_freq: int = setting(50, minimum=1)
     """Steps between Python garbage collections; in between the collector is off, on all ranks alike."""
 
@@ -112,16 +116,59 @@ class Parallelism:
     """Ranks over which parameters are sharded (FSDP2). -1: all that the other degrees leave."""
 
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Whether a block's parameters are freed after its forward. `default`: always without a pipeline."""
+    """Whether a block's parameters are freed after its forward and gathered again for its backward. `default`:
+    always, under a pipeline never. `never` also keeps whole gradients until the step's last micro-batch, so that
+    accumulation reduces them once; `always` reduces shards in every micro-batch."""
 
     tensor_parallel_degree: int = setting(1, minimum=1)
-    """Ranks that share each matrix product."""
+    """Ranks that share each matrix product, and the sequence between them (sequence parallel)."""
+
+    disable_loss_parallel: bool = False
+    """Under tensor parallelism: gather the logits over the vocabulary instead of taking the loss on its parts."""
+
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor parallelism's collectives with its matrix products, piece by piece, through symmetric memory;
+    needs CUDA and compile.enable."""
 
     context_parallel_degree: int = setting(1, minimum=1)
     """Ranks that share each sequence."""
 
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """`allgather`: every rank gathers all keys and values, and attends from its own queries, two pieces of the
+    sequence that cost as much on every rank. `alltoall`: ranks exchange sequence for heads (Ulysses,
+    arXiv:2309.14509)."""
+
     pipeline_parallel_degree: int = setting(1, minimum=1)
     """Ranks that each hold some of the layers."""
+
+    pipeline_parallel_schedule: Literal[
+        "1F1B",
+        "GPipe",
+        "Interleaved1F1B",
+        "LoopedBFS",
+        "InterleavedZeroBubble",
+        "ZBVZeroBubble",
+        "DualPipeV",
+        "PipelineScheduleSingle",
+        "PipelineScheduleMulti",
+    ] = "1F1B"
+    """Order of forwards and backwards. The first two run one stage a rank, the others several; the last two take
+    their order from `pipeline_parallel_schedule_csv`."""
+
+    pipeline_parallel_schedule_csv: str = ""
+    """A file with a line for each pipeline rank, of actions such as `0F3` (stage 0, forward, micro-batch 3), with B
+    for a whole backward, I and W for its halves (inputs, weights)."""
+
+    pipeline_parallel_microbatch_size: int = setting(1, minimum=1)
+    """Samples of a micro-batch under a pipeline; takes the place of local_batch_size there."""
+
+    pipeline_parallel_layers_per_stage: int = setting(-1, minimum=1, auto=-1)
+    """Layers of each stage but the last, which takes what is left. -1: one or two stages a rank, as the schedule has
+    them, cut so that the most costly is as cheap as can be, embedding and output weighed by their FLOPs."""
+
+    module_fqns_per_model_part: list[list[str]] = field(default_factory=list)
+    """The modules of each stage by name, as in `[["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]`.
+    Empty: as pipeline_parallel_layers_per_stage says."""
 
     expert_parallel_degree: int = setting(1, minimum=1)
     """Ranks that share the experts of a mixture."""
@@ -202,7 +249,7 @@ class Validation:
     """Validate every `freq` steps and after the last one."""
 
     local_batch_size: int = setting(8, minimum=1)
-    """Samples of a rank in one forward pass."""
+    """Samples of a rank in one forward pass; under a pipeline pipeline_parallel_microbatch_size counts."""
 
     freq: int = setting(10, minimum=1)
     """Training steps between validations."""
@@ -248,8 +295,22 @@ class Data:
     """Where tokenizers and token shards are kept, for all runs. Empty: $TORCHTITAN_LITE_CACHE, else
     torchtitan_lite in the user's cache folder."""
 
+    document_mask: bool = False
+    """Tokens attend to their own document only; else to all before them in the sample."""
+
     validation_fraction: float = setting(0.02, minimum=0.0, maximum=0.5)
     """Part of the documents that is held out for validation, chosen by a hash of each document's name."""
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile."""
+
+    enable: bool = False
+    """Compile each block of the model; one graph serves them all."""
+
+    backend: str = "inductor"
+    """Compiler of the graphs; `aot_eager` traces and runs them without one."""
 
 
 @dataclass(frozen=True)
@@ -278,4 +339,5 @@ class JobConfig:
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)
     data: Data = field(default_factory=Data)
+    compile: Compile = field(default_factory=Compile)
     debug: Debug = field(default_factory=Debug)

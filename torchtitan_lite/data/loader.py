@@ -15,10 +15,12 @@ from torchtitan_lite.optim.loss import IGNORE
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. tokens, labels: int64 [batch, seq]; a label of IGNORE has no loss."""
+    """One micro-batch. tokens, labels: int64 [batch, seq]; a label of IGNORE has no loss. documents: int64
+    [batch, seq], the number of each token's document within its sample; None where attention crosses documents."""
 
     tokens: Tensor
     labels: Tensor
+    documents: Tensor | None = None
 
 
 class SampleStore:
@@ -27,7 +29,9 @@ class SampleStore:
     Sample i starts at token i * seq_len: its last token, a label only, is the first input of the next.
     """
 
-    def __init__(self, prepared: Prepared, split: Split, seq_len: int) -> None:
+    def __init__(self, prepared: Prepared, split: Split, seq_len: int, *, document_mask: bool = False) -> None:
+        # A document begins with this token; None where nobody asks where.
+        self._bos_id = prepared.bos_id if document_mask else None
         dtype = np.dtype(prepared.dtype).newbyteorder("<")
         self._shards = [np.memmap(prepared.folder / name, dtype=dtype, mode="r") for name in split.files]
         self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
@@ -54,7 +58,9 @@ class SampleStore:
             rows[row] = torch.from_numpy(self.read(sample).astype(np.int64))
         labels = rows[:, 1:].clone()
         labels[len(samples) :] = IGNORE
-        return Batch(rows[:, :-1].contiguous(), labels)
+        tokens = rows[:, :-1].contiguous()
+        documents = None if self._bos_id is None else (tokens == self._bos_id).cumsum(dim=1)
+        return Batch(tokens, labels, documents)
 
 
 class TrainLoader:

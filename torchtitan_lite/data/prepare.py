@@ -26,7 +26,7 @@ from torchtitan_lite.config.schema import Data, Training
 from torchtitan_lite.data.sources import Corpus, find_corpus
 from torchtitan_lite.errors import UserError
 
-_FORMAT = 1  # raise it when what preparation writes changes; caches of another format are left alone
+_FORMAT = 2  # raise it when what preparation writes changes; caches of another format are left alone
 _SHARD_TOKENS = 1 << 28
 _BATCH = 64  # documents tokenised in one call
 LARGEST_TRAINED_VOCABULARY = 32_768
@@ -52,13 +52,14 @@ class Prepared:
     """A tokenised corpus on disk.
 
     fingerprint: of all tokens and the tokenizer; equal fingerprints are equal data.
-    dtype: numpy name of the tokens' type.
+    dtype: numpy name of the tokens' type. bos_id: the token that every document begins with.
     """
 
     folder: Path
     tokenizer_path: Path
     tokenizer_fingerprint: str
     vocab_size: int
+    bos_id: int
     fingerprint: str
     dtype: str
     train: Split
@@ -200,6 +201,7 @@ def _tokenise(folder: Path, corpus: Corpus, model: Path, validation_fraction: fl
     summary = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
         "fingerprint": fingerprint.hexdigest(),
         "dtype": dtype,
         **{split: asdict(part) for split, part in splits.items()},

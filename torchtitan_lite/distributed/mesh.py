@@ -1,4 +1,4 @@
-"""The one builder of device meshes."""
+"""The one builder of device meshes, and the names of its axes that techniques ask for."""
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -13,3 +13,22 @@ def build_mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
     """
     degrees = {axis: degree for axis, degree in dims.degrees.items() if degree > 1 or axis == "dp_shard"}
     return init_device_mesh(device_type, tuple(degrees.values()), mesh_dim_names=tuple(degrees))
+
+
+def axis(mesh: DeviceMesh, name: str) -> DeviceMesh | None:
+    """The part of `mesh` along one axis; None where that axis is 1 long and so not in it."""
+    return mesh[name] if name in (mesh.mesh_dim_names or ()) else None
+
+
+def data_axes(mesh: DeviceMesh) -> DeviceMesh:
+    """The axes over which parameters are replicated and sharded: (dp_replicate), then dp_shard with cp.
+
+    Ranks that share a sequence hold the same parameters, and their gradients are sums over parts of it: for FSDP
+    they are more shards.
+    """
+    names = mesh.mesh_dim_names or ()
+    shard = "dp_shard"
+    if "cp" in names:
+        shard = "dp_shard_cp"
+        mesh["dp_shard", "cp"]._flatten(shard)
+    return mesh["dp_replicate", shard] if "dp_replicate" in names else mesh[shard]

@@ -14,7 +14,6 @@ AXES = {
     "cp": "ranks that share each sequence (context_parallel_degree)",
     "tp": "ranks that share each matrix product (tensor_parallel_degree)",
 }
-_NOT_YET = {"pp": "pipeline", "cp": "context", "tp": "tensor", "ep": "expert"}
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,18 @@ class ParallelDims:
         """The index of `rank` among the ranks that read different samples."""
         return rank // (self.cp * self.tp) % self.batch_ranks
 
+    def coordinate(self, rank: int) -> dict[str, int]:
+        """Where `rank` stands on each axis."""
+        place = {}
+        for axis, degree in reversed(self.degrees.items()):
+            rank, place[axis] = divmod(rank, degree)
+        return place
+
     def refuse_what_is_not_built(self) -> None:
-        """Raise for every technique that has a degree but no code behind it yet."""
-        for axis, technique in _NOT_YET.items():
-            if (degree := getattr(self, axis)) > 1:
-                raise UserError(
-                    f"parallelism.{technique}_parallel_degree = {degree}: {technique} parallelism is not built yet; "
-                    "set it to 1"
-                )
+        if self.ep > 1:
+            raise UserError(
+                f"parallelism.expert_parallel_degree = {self.ep}: expert parallelism is not built yet; set it to 1"
+            )
 
     def __str__(self) -> str:
         """`4 ranks: dp_replicate 2 x dp_shard 2`"""

@@ -8,7 +8,10 @@ from torchtitan_lite.config.schema import Model
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.models.spec import ModelSpec
 
-_FAMILIES = {"llama3": "torchtitan_lite.models.llama3:SPEC"}
+_FAMILIES = {
+    "llama3": "torchtitan_lite.models.llama3:SPEC",
+    "qwen3": "torchtitan_lite.models.qwen3:SPEC",
+}
 
 
 def find_model(model: Model) -> tuple[ModelSpec, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from torchtitan_lite.distributed.plans import ParallelPlan
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -16,17 +18,21 @@ if TYPE_CHECKING:
 class ModelArgs(Protocol):
     """Shape of a model; any frozen dataclass with these.
 
+    `dim`: width of the hidden states that pipeline stages hand on.
     `vocab_size`, `max_seq_len`: tokens. `parameter_count()`: elements of all parameters, tied ones once.
-    `flops_per_token(seq_len)`: FLOPs of forward and backward for a token of a sequence of that length
-    (6N + causal attention, no recomputation).
+    `flops_by_module(seq_len)`: FLOPs of forward and backward for a token of a sequence of that length (6N + causal
+    attention, no recomputation), by top-level module in the order of the forward pass (`layers.3` for a child of a
+    container); between any two of them a pipeline may cut.
     """
 
+    @property
+    def dim(self) -> int: ...
     @property
     def vocab_size(self) -> int: ...
     @property
     def max_seq_len(self) -> int: ...
     def parameter_count(self) -> int: ...
-    def flops_per_token(self, seq_len: int) -> float: ...
+    def flops_by_module(self, seq_len: int) -> Mapping[str, float]: ...
 
 
 @dataclass(frozen=True)
@@ -39,21 +45,10 @@ class Init:
 
 
 @dataclass(frozen=True)
-class ParallelPlan:
-    """Where techniques attach, by module name.
-
-    fsdp_units: groups of modules whose parameters are gathered together, in the order of the forward
-    pass. `layers.*`, alone in its group, gives a group for each child of `layers`. Parameters of no group
-    belong to the model as a whole.
-    """
-
-    fsdp_units: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
 class ModelSpec:
-    """A model family. `build` makes the module on the current device (meta in a run), mapping tokens
-    int64 [batch, seq] to logits [batch, seq, vocab]; `initial` gives the Init of a parameter by its name."""
+    """A model family. `build` makes the module on the current device (meta in a run), mapping (tokens int64
+    [batch, seq], positions int64 [seq] or None, mask or None) to logits [batch, seq, vocab]; `initial` gives the Init
+    of a parameter by its name."""
 
     name: str
     flavors: Mapping[str, Any]

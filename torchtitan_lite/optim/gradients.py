@@ -10,9 +10,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
-def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None) -> Tensor:
     """Scale gradients in place to a global L2 norm of at most `max_norm`; return the norm before: float64 scalar.
 
+    stages: ranks that hold other parameters of the model (pipeline stages); None where all hold parts of the same.
     Squared sums accumulate in float64 over all shards, each counted once: a float32 norm moves by 3e-5
     between meshes, and clipping feeds that back into the run. No host sync.
     """
@@ -21,7 +22,10 @@ def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor
     for grad in grads:
         groups[_sharded_over(grad)].append(_local(grad))
     squares = [_sum_over_shards(_squared_sum(local), key) for key, local in groups.items()]
-    norm = torch.stack(squares).sum().sqrt()
+    total = torch.stack(squares).sum()
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
+    norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).to(torch.float32)
     torch._foreach_mul_([_local(grad) for grad in grads], scale)
     return norm
@@ -35,7 +39,8 @@ def _sharded_over(grad: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
     """The mesh and those of its axes over which a gradient is split; None for a plain tensor."""
     if not isinstance(grad, DTensor):
         return None
-    return grad.device_mesh, tuple(axis for axis, placement in enumerate(grad.placements) if placement.is_shard())
+    # Not is_shard(): it is False for the strided shards that FSDP makes of tensor-parallel ones.
+    return grad.device_mesh, tuple(axis for axis, placement in enumerate(grad.placements) if not placement.is_replicate())
 
 
 def _squared_sum(local: list[Tensor]) -> Tensor:

@@ -12,21 +12,21 @@ from torch import Tensor
 from torchtitan_lite.models.common.rope_scaling import RopeScaling
 
 
-def rope_table(seq_len: int, head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Cosines and signed sines: float32 [2, seq_len, 1, head_dim], on the current device."""
+def rope_table(positions_L: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Cosines and signed sines at int64 positions: float32 [2, L, 1, head_dim], on the current device."""
     # float64: at position 131071 a float32 angle is off by 0.004 rad.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     frequencies = theta**-exponents
     if scaling is not None:
         frequencies = _scaled(frequencies, scaling)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequencies)
+    angles = torch.outer(positions_L.to(torch.float64), frequencies)
     cos, sin = angles.cos(), angles.sin()
     table = torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
     return table.to(torch.float32).unsqueeze(2)
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate x [batch, seq, heads, head_dim] by its position; `table` as from rope_table, cut to seq."""
+    """Rotate x [batch, seq, heads, head_dim] by its positions; `table` as from rope_table."""
     cos, signed_sin = table.unbind(0)
     # roll by half swaps the halves; the sign sits in the table. float32 whatever x is: bfloat16 holds
     # an angle's cosine to 3 digits only.

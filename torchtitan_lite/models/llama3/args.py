@@ -1,14 +1,14 @@
-"""Shapes of the Llama 3 family, and what follows from them: parameters and FLOPs. No torch."""
+"""Shapes of the Llama 3 family. No torch."""
 
 from dataclasses import dataclass
 
+from torchtitan_lite.models.common import decoder_shape
 from torchtitan_lite.models.common.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)
 class Llama3Args:
-    """dim: width. n_heads, n_kv_heads: query heads and the key/value heads they share (GQA).
-    ffn_dim: width inside SwiGLU. tied: the output matrix is the embedding."""
+    """As in decoder_shape.DecoderShape; heads share the width."""
 
     dim: int
     n_layers: int
@@ -33,24 +33,15 @@ class Llama3Args:
     def head_dim(self) -> int:
         return self.dim // self.n_heads
 
+    @property
+    def qk_norm(self) -> bool:
+        return False
+
     def parameter_count(self) -> int:
-        """Elements of all parameters; a tied output counts once."""
-        kv_dim = self.n_kv_heads * self.head_dim
-        attention = 2 * self.dim * self.dim + 2 * self.dim * kv_dim
-        layer = attention + 3 * self.dim * self.ffn_dim + 2 * self.dim
-        embeddings = self.vocab_size * self.dim * (1 if self.tied else 2)
-        return embeddings + self.n_layers * layer + self.dim
+        return decoder_shape.parameter_count(self)
 
-    def flops_per_token(self, seq_len: int) -> float:
-        """FLOPs of forward and backward for one token of a causal sequence of `seq_len`.
-
-        6 for each parameter that multiplies a token (Kaplan et al., arXiv:2001.08361): all but the
-        embedding table, which is looked up, unless it is the output matrix too. Attention: scores and
-        values are 2 x 2 x dim x seq_len forward, three times that with the backward, half of it causal.
-        """
-        lookup_only = 0 if self.tied else self.vocab_size * self.dim
-        multiplied = self.parameter_count() - lookup_only
-        return 6 * multiplied + 6 * self.n_layers * self.dim * seq_len
+    def flops_by_module(self, seq_len: int) -> dict[str, float]:
+        return decoder_shape.flops_by_module(self, seq_len)
 
 
 _LLAMA_3_1 = RopeScaling(factor=8.0)

@@ -1,0 +1,182 @@
+"""Run the trainer on a mesh and on one process, and compare what its own steps computed.
+
+Losses, gradient norms and, from the optimizer's doorstep, every parameter's gradient of the first step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.ranks import RankPool
+from tests.tiny import write_recipe
+from torchtitan_lite.data.loader import Batch
+from torchtitan_lite.optim.loss import IGNORE
+
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mesh: its name, ranks, overrides of the recipe, and what the single process it is held to shares with it.
+
+    model: tests.tiny's SPEC and flavor. recipe: overrides that the single process has too.
+    """
+
+    name: str
+    ranks: int
+    overrides: dict[str, Any] = field(default_factory=dict)
+    model: str = "DEEP_LLAMA/untied"
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def alone(self) -> "Case":
+        """The single process that this case is held to: the same model and recipe, one rank."""
+        return replace(self, name="alone", ranks=1, overrides={})
+
+    def arguments(self) -> list[str]:
+        spec, flavor = self.model.split("/")
+        chosen = {"model.spec": f"tests.tiny:{spec}", "model.flavor": flavor, **self.recipe, **self.overrides}
+        return [f"--{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in chosen.items()]
+
+
+@dataclass(frozen=True)
+class Result:
+    """losses, norms: of each step. validation: before the first step. grads: clipped gradients of the first step."""
+
+    losses: list[float]
+    norms: list[float]
+    validation: float
+    grads: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest relative differences of a case from the single process."""
+
+    loss: float
+    norm: float
+    grad: float
+    grad_name: str
+    losses: float
+    validation: float
+
+
+# What a case may differ by in float32: first loss, first norm, worst gradient, any of twelve losses, validation.
+LIMITS = {"loss": 1e-6, "norm": 1e-6, "grad": 5e-6, "losses": 2e-6, "validation": 1e-6}
+
+
+def base_recipe(folder: Path, corpus: Path, cache: Path) -> Path:
+    return write_recipe(
+        folder / "parity.toml",
+        corpus,
+        cache,
+        training={"seq_len": 64, "global_batch_size": 8, "steps": STEPS, "max_norm": 0.5},
+        optimizer={"lr": 1e-3},
+        data={"validation_fraction": 0.2, "document_mask": True, "cache_folder": str(cache)},
+        validation={"enable": True, "steps": 1},
+    )
+
+
+def run_case(
+    pool: RankPool, recipe: Path, case: Case, steps: int = STEPS, patch: Callable[[], None] | None = None
+) -> Result:
+    """patch: called on each rank before anything is built (see mutants)."""
+    parts = pool.run(_train, case.ranks, str(recipe), case.arguments(), steps, patch, timeout=300.0)
+    grads = {name: grad for _, _, _, own in parts for name, grad in own.items()}
+    losses = [sum(step) for step in zip(*(losses for losses, _, _, _ in parts), strict=True)]
+    for _, norms, validation, _ in parts:
+        assert norms == parts[0][1], f"{case}: ranks disagree on the gradient norm"
+        assert validation == parts[0][2], f"{case}: ranks disagree on the validation loss"
+    return Result(losses, parts[0][1], parts[0][2], grads)
+
+
+def compare(found: Result, expected: Result) -> Difference:
+    assert set(found.grads) == set(expected.grads), set(found.grads) ^ set(expected.grads)
+
+    def error(name: str) -> float:
+        grad = expected.grads[name].double()
+        return float((found.grads[name].double() - grad).norm() / grad.norm())
+
+    worst = max(expected.grads, key=error)
+    return Difference(
+        loss=_relative(found.losses[:1], expected.losses[:1]),
+        norm=_relative(found.norms[:1], expected.norms[:1]),
+        grad=error(worst),
+        grad_name=worst,
+        losses=_relative(found.losses, expected.losses),
+        validation=_relative([found.validation], [expected.validation]),
+    )
+
+
+def exceeded(difference: Difference, limits: dict[str, float] = LIMITS) -> dict[str, float]:
+    """What is beyond its limit; a NaN is."""
+    return {key: value for key, limit in limits.items() if not (value := getattr(difference, key)) <= limit}
+
+
+def _relative(found: list[float], expected: list[float]) -> float:
+    differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
+    return float("nan") if any(value != value for value in differences) else max(differences)
+
+
+def _train(
+    recipe: str, arguments: list[str], steps: int, patch: Callable[[], None] | None
+) -> tuple[list[float], list[float], float, dict[str, torch.Tensor]]:
+    """This rank's part of the loss of each step, the norms, the validation loss, the gradients it answers for."""
+    import torch.distributed as dist
+
+    from torchtitan_lite.distributed import runtime
+    from torchtitan_lite.observability.sinks import RunLog
+    from torchtitan_lite.preflight import plan_job, prepare_job
+    from torchtitan_lite.trainer import Trainer
+
+    if patch is not None:
+        patch()
+    plan = plan_job(recipe, arguments, dist.get_world_size())
+    here = runtime.Runtime(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "CPU")
+    trainer = Trainer(plan, prepare_job(plan), here, RunLog(plan.folder, writes=False))
+    grads: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        if not grads:
+            grads.update({name: _full(parameter.grad) for name, parameter in trainer.model.named_parameters()})
+
+    trainer.optimizer.register_step_pre_hook(keep)
+    held_out = trainer.held_out
+    assert held_out is not None
+    validation = trainer.model.evaluate(_ragged(batch) for batch in _validation(trainer, held_out)).item()
+    results = [trainer.step([_ragged(batch) for batch in trainer.loader.next_step()]) for _ in range(steps)]
+    at = plan.dims.coordinate(here.rank)
+    answers = all(place == 0 for axis, place in at.items() if axis != "pp")
+    return (
+        [float(result.loss) for result in results],
+        [float(result.grad_norm) for result in results],
+        validation,
+        grads if answers else {},
+    )
+
+
+def _validation(trainer: Any, store: Any) -> Any:
+    from torchtitan_lite.data.loader import validation_batches
+
+    return validation_batches(store, 7, trainer.plan.batch.microbatch_size, trainer.batch_rank, trainer.plan.dims.batch_ranks)
+
+
+def _ragged(batch: Batch) -> Batch:
+    """Some labels taken out, in each sample another number of them: means of means show."""
+    labels = batch.labels.clone()
+    positions = torch.arange(labels.shape[1])
+    cut = batch.tokens.sum(dim=1, keepdim=True) % (labels.shape[1] // 2)
+    labels[positions < cut] = IGNORE
+    return replace(batch, labels=labels)
+
+
+def _full(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()

@@ -1,0 +1,100 @@
+"""Pipeline parallelism on torch.distributed.pipelining: this rank's stages and the schedule that runs them.
+
+A stage is the whole model on meta with the modules of other stages taken out: parameters keep their names.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import (
+    PipelineScheduleMulti,
+    PipelineScheduleSingle,
+    _Action,
+    _ComputationType,
+    _PipelineScheduleRuntime,
+    get_schedule_class,
+)
+
+from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
+
+Schedule = PipelineScheduleSingle | PipelineScheduleMulti
+
+
+def take_out_other_stages(model: nn.Module, units: Sequence[str], stage: Sequence[str]) -> None:
+    """Leave of `model` (on meta) the modules of `stage`; the other ones of `units` become None, or go from their
+    container."""
+    for name in units:
+        if name in stage:
+            continue
+        parent, _, child = name.rpartition(".")
+        if parent:
+            container = model.get_submodule(parent)
+            assert isinstance(container, nn.ModuleDict), f"{parent}: layers of a model with stages are a ModuleDict"
+            del container[child]
+        else:
+            setattr(model, child, None)
+
+
+def apply_pipeline_parallel(
+    parts: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    plan: PipelinePlan,
+    *,
+    device: torch.device,
+    edges: Callable[[int], tuple[Tensor, Tensor]],
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> Schedule:
+    """The schedule over this rank's `parts` (one a stage, in order); `mesh` has the one axis of pipeline ranks.
+
+    edges: stage to what goes in and comes out for one micro-batch, tensors on meta. loss: of a micro-batch's logits
+    and labels, already divided by what divides the step's loss.
+    """
+    rank, count = mesh.get_local_rank(), len(plan.stages)
+    stages = []
+    for index, part in zip(plan.stages_of(rank), parts, strict=True):
+        # Shapes are known: torch need not run the model to learn them.
+        inputs, outputs = edges(index)
+        stages.append(PipelineStage(part, index, count, device, inputs, outputs, group=mesh.get_group()))
+    settings: dict[str, Any] = {"n_microbatches": plan.microbatches, "loss_fn": loss, "scale_grads": False}
+    if plan.schedule_csv:
+        schedule = _PipelineScheduleRuntime(stages, **settings)
+        # Before it is loaded: its placement of stages need not be the one that torch assumes.
+        schedule._load_csv(plan.schedule_csv)
+        return schedule
+    cls = get_schedule_class(plan.schedule)
+    return cls(stages[0] if issubclass(cls, PipelineScheduleSingle) else stages, **settings)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def forward_only(schedule: Schedule) -> Iterator[None]:
+    """Within it `schedule.eval` works for every schedule: torch's fails on V-shaped ones, whose backwards it skips too
+    late."""
+    if not isinstance(schedule, _PipelineScheduleRuntime):
+        yield
+        return
+    order = schedule.pipeline_order_with_comms
+    schedule.pipeline_order_with_comms = {rank: list(_forwards(actions)) for rank, actions in order.items()}
+    try:
+        yield
+    finally:
+        schedule.pipeline_order_with_comms = order
+
+
+_BACKWARD = {
+    _ComputationType.FULL_BACKWARD,
+    _ComputationType.BACKWARD_INPUT,
+    _ComputationType.BACKWARD_WEIGHT,
+    _ComputationType.SEND_B,
+    _ComputationType.RECV_B,
+    _ComputationType.REDUCE_GRAD,
+}
+
+
+def _forwards(actions: Sequence[_Action]) -> Iterator[_Action]:
+    for action in actions:
+        yield from (each for each in action.sub_actions or (action,) if each.computation_type not in _BACKWARD)

@@ -1,0 +1,52 @@
+"""What a model declares about itself so that techniques can attach: tables of module names. No torch.
+
+A pattern is a module's dotted name with `*` for one part of it: `layers.*.attention.wq`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+# How a module's parameters and activations lie over the ranks of the tensor axis; what each does stands in
+# distributed/tensor_parallel.py. Between blocks the hidden states are split along the sequence.
+TensorStyle = Literal[
+    "embedding", "sequence", "gather", "columns", "rows", "head_norm", "output", "tied_output"
+]
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """styles: pattern to style; every parameter of the model must be of a module that has one.
+    divides: sizes, by their names, that the tensor-parallel degree must divide."""
+
+    styles: Mapping[str, TensorStyle]
+    divides: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """attention: pattern of the modules that map (q [B, L, H, E], k and v [B, L, K, E], mask) to [B, L, H, E].
+    heads, kv_heads: H and K of the whole model."""
+
+    attention: str
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """Where techniques attach.
+
+    fsdp_units: groups of modules whose parameters are gathered together, in the order of the forward pass.
+    `layers.*`, alone in its group, gives a group for each child of `layers`. Parameters of no group belong to the
+    model as a whole.
+    stages: whether the model can be cut into pipeline stages: its top-level modules may be None, and it runs those
+    that are there (the units of a cut are the keys of ModelArgs.flops_by_module).
+    without: technique (tensor, context, pipeline) to the reason why this model has no plan for it.
+    """
+
+    fsdp_units: tuple[tuple[str, ...], ...]
+    tensor: TensorPlan | None = None
+    context: ContextPlan | None = None
+    stages: bool = False
+    without: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,91 @@
+"""Tensor parallelism with sequence parallelism (Shoeybi et al., arXiv:1909.08053; Korthikanti et al.,
+arXiv:2205.05198), on torch's DTensor styles.
+
+Hidden states between modules are split along the sequence. A block gathers them before attention and before the
+feed-forward and scatters the sums after each: two all-gathers and two reduce-scatters forward, as many backward.
+"""
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.distributed.tensor.parallel.style import ParallelStyle
+
+from torchtitan_lite.distributed.plans import TensorPlan
+from torchtitan_lite.errors import UserError
+
+_SEQUENCE, _HEADS, _VOCABULARY = Shard(1), Shard(2), Shard(-1)
+
+
+def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan, *, loss_parallel: bool) -> None:
+    """Split `model` (on meta) in place over the one axis of `mesh`. On a pipeline stage, patterns of modules that
+    other stages hold match nothing.
+
+    loss_parallel: logits stay split over the vocabulary, as DTensors; else they are gathered.
+    """
+    styles = _styles(loss_parallel)
+    for name, module in list(model.named_modules()):
+        if style := style_of(name, plan.styles):
+            parallelize_module(module, mesh, styles[style]())
+    for name, parameter in model.named_parameters():
+        # A plain parameter among DTensors would keep the gradient of this rank's part of the sequence.
+        if not isinstance(parameter, DTensor):
+            raise ValueError(f"{name}: its module has no style in the model's tensor plan")
+
+
+def enable_async(mesh: DeviceMesh) -> None:
+    """Let the compiler cut collectives and the matrix products beside them into pieces that overlap."""
+    if mesh.device_type != "cuda":
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel = true needs CUDA's symmetric memory, there is none; set it to false"
+        )
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
+
+
+def style_of(name: str, styles: Mapping[str, str]) -> str | None:
+    """The style of the module of that name, by the first pattern that matches part for part."""
+    for pattern, style in styles.items():
+        if pattern.count(".") == name.count(".") and fnmatchcase(name, pattern):
+            return style
+    return None
+
+
+def _styles(loss_parallel: bool) -> dict[str, Callable[[], ParallelStyle]]:
+    """What each TensorStyle does to a module's weights and to what goes in and out."""
+    logits = _VOCABULARY if loss_parallel else Replicate()
+    return {
+        # Rows of the table are split over the vocabulary; a rank looks up its own, the sum scatters the sequence.
+        "embedding": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE),
+        # Each rank norms its part of the sequence; the weight is whole, its gradient is summed.
+        "sequence": SequenceParallel,
+        # Gathers the sequence once for all the column-split products within.
+        "gather": lambda: PrepareModuleInput(input_layouts=_SEQUENCE, desired_input_layouts=Replicate()),
+        "columns": ColwiseParallel,
+        "rows": lambda: RowwiseParallel(output_layouts=_SEQUENCE),
+        # Norms the heads that a rank holds; as with "sequence", the weight's gradient is summed.
+        "head_norm": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
+        "output": lambda: ColwiseParallel(
+            input_layouts=_SEQUENCE, output_layouts=logits, use_local_output=not loss_parallel
+        ),
+        "tied_output": lambda: PrepareModuleInputOutput(
+            input_layouts=(_SEQUENCE, None),
+            desired_input_layouts=(Replicate(), None),
+            output_layouts=_VOCABULARY,
+            desired_output_layouts=logits,
+            use_local_output=not loss_parallel,
+        ),
+    }

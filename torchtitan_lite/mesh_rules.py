@@ -1,0 +1,162 @@
+"""Rules across recipe, mesh and model, one function each: the name says the rule, the message values and the mend.
+
+Rules of the recipe alone stand in config/rules.py. No torch.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import gcd
+
+from torchtitan_lite.config.schema import JobConfig
+from torchtitan_lite.distributed.parallel_dims import ParallelDims
+from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
+from torchtitan_lite.distributed.plans import ParallelPlan
+from torchtitan_lite.errors import UserError
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a rule looks at. model: family and flavor, for messages. max_seq_len: positions that the model has."""
+
+    config: JobConfig
+    dims: ParallelDims
+    model: str
+    max_seq_len: int
+    plan: ParallelPlan
+    pipeline: PipelinePlan | None
+
+
+def model_declares_the_technique(case: Case) -> None:
+    degrees = {"tensor": case.dims.tp, "context": case.dims.cp, "pipeline": case.dims.pp}
+    offers = {"tensor": case.plan.tensor, "context": case.plan.context, "pipeline": case.plan.stages}
+    for technique, degree in degrees.items():
+        if degree > 1 and not offers[technique]:
+            reason = case.plan.without.get(technique, "its plan does not say where it would attach")
+            raise UserError(
+                f"parallelism.{technique}_parallel_degree = {degree}: {case.model} has no {technique} parallelism: "
+                f"{reason}; set it to 1"
+            )
+
+
+def tensor_degree_divides_the_model(case: Case) -> None:
+    sizes = case.plan.tensor.divides if case.plan.tensor else {}
+    for name, size in sizes.items():
+        if size % case.dims.tp:
+            raise UserError(
+                f"parallelism.tensor_parallel_degree = {case.dims.tp} does not divide {name} = {size} of {case.model}; "
+                f"valid: {_divisors(gcd(*sizes.values()))}"
+            )
+
+
+def sequence_fits_the_model(case: Case) -> None:
+    if (seq_len := case.config.training.seq_len) > case.max_seq_len:
+        raise UserError(
+            f"training.seq_len = {seq_len} is longer than the {case.max_seq_len} positions of {case.model}; shorten it"
+        )
+
+
+def sequence_divides_over_its_ranks(case: Case) -> None:
+    seq_len, tp, cp = case.config.training.seq_len, case.dims.tp, case.dims.cp
+    balanced = cp > 1 and case.config.parallelism.context_parallel_rotate_method == "allgather"
+    parts, shown = tp * cp, f"tensor_parallel_degree {tp} x context_parallel_degree {cp}"
+    if balanced:  # two pieces a rank, each of which tensor parallelism may cut through
+        parts, shown = cp * _common_multiple(2, tp), f"{shown}, in two pieces a context-parallel rank"
+    if seq_len % parts:
+        raise UserError(
+            f"training.seq_len = {seq_len} does not divide over {shown}; nearest: {_nearest_multiples(seq_len, parts)}"
+        )
+
+
+def heads_divide_over_context_ranks(case: Case) -> None:
+    plan, cp, tp = case.plan.context, case.dims.cp, case.dims.tp
+    if cp == 1 or plan is None or case.config.parallelism.context_parallel_rotate_method != "alltoall":
+        return
+    heads, kv_heads = plan.heads // tp, plan.kv_heads // tp
+    valid = [n for n in range(1, heads + 1) if _exchanges_heads(heads, kv_heads, n)]
+    if cp not in valid:
+        raise UserError(
+            f'parallelism.context_parallel_degree = {cp} with context_parallel_rotate_method = "alltoall" does not '
+            f"divide the {heads} query heads and {kv_heads} key heads that a rank of {case.model} holds; valid: "
+            f'{", ".join(map(str, valid))}, or the method "allgather"'
+        )
+
+
+def split_backward_needs_whole_parameters(case: Case) -> None:
+    """torch's zero-bubble schedules with FSDP2 that frees parameters in between give wrong gradients, silently."""
+    policy = case.config.parallelism.fsdp_reshard_after_forward
+    if case.pipeline and case.pipeline.split_backward and policy == "always":
+        raise UserError(
+            f'parallelism.fsdp_reshard_after_forward = "always" gives wrong gradients with {case.pipeline.schedule}, '
+            'which runs its backward in halves; set it to "default" or "never"'
+        )
+
+
+def split_backward_is_not_compiled(case: Case) -> None:
+    if case.pipeline and case.pipeline.split_backward and case.config.compile.enable:
+        raise UserError(
+            f"compile.enable = true does not work with {case.pipeline.schedule}, which runs its backward in halves; set "
+            "it to false or choose 1F1B, GPipe, Interleaved1F1B or LoopedBFS"
+        )
+
+
+def reshard_needs_shards(case: Case) -> None:
+    policy = case.config.parallelism.fsdp_reshard_after_forward
+    if policy != "default" and case.dims.dp_shard * case.dims.cp == 1:
+        raise UserError(
+            f'parallelism.fsdp_reshard_after_forward = "{policy}" has no effect: no parameters are sharded on '
+            f'{case.dims}; leave it at "default"'
+        )
+
+
+RULES: tuple[Callable[[Case], None], ...] = (
+    model_declares_the_technique,
+    tensor_degree_divides_the_model,
+    sequence_fits_the_model,
+    sequence_divides_over_its_ranks,
+    heads_divide_over_context_ranks,
+    split_backward_needs_whole_parameters,
+    split_backward_is_not_compiled,
+    reshard_needs_shards,
+)
+
+
+def without_effect(config: JobConfig) -> list[str]:
+    """Keys that a recipe changes and that do nothing on its mesh, each with the reason."""
+    parallelism, defaults = config.parallelism, type(config.parallelism)()
+    needs: Iterable[tuple[str, Iterable[str]]] = (
+        ("tensor_parallel_degree", ("disable_loss_parallel",)),
+        ("context_parallel_degree", ("context_parallel_rotate_method",)),
+        (
+            "pipeline_parallel_degree",
+            (
+                "pipeline_parallel_schedule",
+                "pipeline_parallel_schedule_csv",
+                "pipeline_parallel_microbatch_size",
+                "pipeline_parallel_layers_per_stage",
+                "module_fqns_per_model_part",
+            ),
+        ),
+    )
+    return [
+        f"parallelism.{key} = {getattr(parallelism, key)} has no effect while parallelism.{degree} = 1"
+        for degree, keys in needs
+        for key in keys
+        if getattr(parallelism, degree) == 1 and getattr(parallelism, key) != getattr(defaults, key)
+    ]
+
+
+def _exchanges_heads(heads: int, kv_heads: int, ranks: int) -> bool:
+    return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
+def _common_multiple(a: int, b: int) -> int:
+    return a * b // gcd(a, b)
+
+
+def _nearest_multiples(number: int, step: int) -> str:
+    below = number // step * step
+    return f"{below} or {below + step}" if below else str(step)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

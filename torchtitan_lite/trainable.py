@@ -1,0 +1,193 @@
+"""What the trainer drives, whatever the mesh: one step's forward and backward, and evaluation.
+
+A rank's micro-batches are whole sequences; ranks that share a sequence read the same ones and take their part here.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchtitan_lite.data.loader import Batch
+from torchtitan_lite.distributed.context_parallel import SequenceShare, document_mask
+from torchtitan_lite.distributed.data_parallel import reduce_gradients
+from torchtitan_lite.distributed.pipeline import Schedule, forward_only
+from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """What this rank has of a batch and of the loss.
+
+    device: where it computes. seq_len: tokens of a whole sequence. share: its part of each sequence.
+    counts: whether it counts the labels of its batches, of which other ranks have copies. reports: whether its loss
+    is a part of the sum, and no copy of another rank's.
+    """
+
+    device: torch.device
+    seq_len: int
+    share: SequenceShare
+    counts: bool
+    reports: bool
+
+
+class TrainableModel(ABC):
+    """parts: this rank's modules, one or a pipeline's stages; no two hold a parameter of the same name."""
+
+    def __init__(self, parts: Sequence[nn.Module], place: Place) -> None:
+        self.parts, self.place = list(parts), place
+        self._rows = place.share.positions(place.seq_len)
+        self._positions = self._rows.to(place.device)
+        self._queries = place.share.query_positions(place.seq_len).to(place.device)
+        self._whole = len(self._rows) == place.seq_len
+
+    @abstractmethod
+    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        """Accumulate gradients over this rank's micro-batches of one step.
+
+        Returns this rank's part of the loss (float32 scalar); the parts of all ranks sum to the mean over the valid
+        tokens of the global batch. Gradients come out as those of that mean.
+        """
+
+    @abstractmethod
+    def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """Forward only: sums of this rank's token losses, float32 scalars."""
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> Tensor:
+        """The mean loss over the valid tokens of all ranks' batches: float64 scalar, the same on every rank."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.place.device)
+
+        def counted() -> Iterator[Batch]:
+            for batch in batches:
+                sums[1] += (batch.labels != IGNORE).sum() if self.place.counts else 0
+                yield batch
+
+        for loss in self.loss_sums(counted()):
+            sums[0] += loss if self.place.reports else 0.0
+        dist.all_reduce(sums)
+        return sums[0] / sums[1]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for part in self.parts:
+            yield from part.named_parameters()
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for _, parameter in self.named_parameters())
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        return {name: value for part in self.parts for name, value in part.state_dict().items()}
+
+    def part_of(self, rows: Tensor) -> Tensor:
+        """This rank's positions of whole sequences [batch, seq], on its device."""
+        if not self._whole:
+            rows = rows[:, self._rows]
+        if self.place.device.type == "cpu":
+            return rows
+        # Only a copy from pinned memory leaves the host free to go on.
+        return rows.pin_memory().to(self.place.device, non_blocking=True)
+
+    def arguments(self, documents: Tensor | None) -> dict[str, Tensor | None]:
+        """What a model's forward takes beside tokens; documents: whole sequences [batch, seq]."""
+        mask = None if documents is None else document_mask(documents.to(self.place.device), self._queries)
+        return {"positions_L": self._positions, "mask": mask}
+
+    def valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
+        """Tokens with a label in the global batch: int64 scalar; a float32 would round sums above 2^24."""
+        local = sum(int((batch.labels != IGNORE).sum()) for batch in batches) if self.place.counts else 0
+        # Filled on the device: a copy from the host would wait for it.
+        count = torch.full((), local, dtype=torch.int64, device=self.place.device)
+        dist.all_reduce(count)
+        return count
+
+
+class WholeModel(TrainableModel):
+    """A rank that holds (its shards of) all layers. whole_gradients: see reduce_gradients."""
+
+    def __init__(self, module: nn.Module, place: Place, *, whole_gradients: bool) -> None:
+        super().__init__([module], place)
+        self._whole_gradients = whole_gradients
+
+    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        (module,) = self.parts
+        valid = self.valid_tokens(batches)
+        total = torch.zeros((), device=self.place.device)
+        for index, batch in enumerate(batches):
+            reduce_gradients(module, index == len(batches) - 1, whole=self._whole_gradients)
+            loss = self._loss_sum(batch) / valid
+            loss.backward()
+            total += loss.detach()
+        return total if self.place.reports else torch.zeros_like(total)
+
+    def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        return (self._loss_sum(batch) for batch in batches)
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        (module,) = self.parts
+        logits = module(self.part_of(batch.tokens), **self.arguments(batch.documents))
+        return token_loss_sum(logits, self.part_of(batch.labels))
+
+
+class StagedModel(TrainableModel):
+    """A rank that holds some stages of a pipeline.
+
+    All micro-batches of a step go through one call of the schedule, `microbatches` of them; first, last: whether the
+    model's first and last stage are here. schedule: makes the schedule from the loss of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[nn.Module],
+        place: Place,
+        *,
+        microbatches: int,
+        first: bool,
+        last: bool,
+        schedule: Callable[[Loss], Schedule],
+    ) -> None:
+        super().__init__(parts, place)
+        self._microbatches, self._first, self._last = microbatches, first, last
+        self._divisor = torch.ones((), dtype=torch.int64, device=place.device)
+        for part in parts:
+            # What every stage needs beside hidden states comes from here, not from the stage before.
+            part.register_forward_pre_hook(self._with_arguments, with_kwargs=True)
+        self._schedule = schedule(lambda logits, labels: token_loss_sum(logits, labels) / self._divisor)
+
+    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        self._divisor = self.valid_tokens(batches)
+        return self._run(self._schedule.step, batches)
+
+    def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        self._divisor = torch.ones_like(self._divisor)
+        waiting = iter(batches)
+        while some := list(islice(waiting, self._microbatches)):
+            empty = Batch(
+                torch.zeros_like(some[0].tokens),
+                torch.full_like(some[0].labels, IGNORE),
+                None if some[0].documents is None else torch.zeros_like(some[0].documents),
+            )
+            with forward_only(self._schedule):
+                yield self._run(self._schedule.eval, [*some, *[empty] * (self._microbatches - len(some))])
+
+    def _run(self, call: Callable[..., Any], batches: Sequence[Batch]) -> Tensor:
+        tokens = (self.part_of(torch.cat([batch.tokens for batch in batches])),) if self._first else ()
+        labels = self.part_of(torch.cat([batch.labels for batch in batches])) if self._last else None
+        documents = [batch.documents for batch in batches if batch.documents is not None]
+        given = {"documents": torch.cat(documents)} if documents else {}
+        losses: list[Tensor] = []
+        call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
+        if not losses or not self.place.reports:
+            return torch.zeros((), device=self.place.device)
+        return torch.stack(losses).detach().sum()
+
+    def _with_arguments(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, self.arguments(kwargs.get("documents"))
