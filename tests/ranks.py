@@ -188,10 +188,16 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], group: bool, timeo
 
 
 def _forget_meshes() -> None:
-    """DTensor caches by mesh shape what names process groups; those of the next run have other names."""
+    """DTensor caches by mesh shape what names process groups; those of the next run have other names.
+
+    Compiled graphs name them too, and count against a limit for each function.
+    """
+    import torch
+
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     if "torch.distributed.tensor" not in sys.modules:
         return
-    import torch
     from torch.distributed.tensor import DTensor, _redistribute
 
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from torchtitan_lite.checkpoint.storage import published_steps
-from torchtitan_lite.distributed.environment import cores, count_from
+from torchtitan_lite.distributed.environment import accelerators, cores, count_from
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, plan_job, prepare_job, run_folder_held
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         setup_logging()
         recipe, overrides = split_recipe(arguments)
-        nodes, ranks = count_from("NNODES", 1), count_from("NPROC", _accelerators() or 2)
+        nodes, ranks = count_from("NNODES", 1), count_from("NPROC", accelerators() or 2)
         shown_ranks(nodes * ranks)
         # Cores over ranks; torch takes its own number of threads from this too.
         os.environ["OMP_NUM_THREADS"] = str(count_from("OMP_NUM_THREADS", max(1, cores() // ranks)))
@@ -66,16 +66,6 @@ def _rendezvous(nodes: int) -> list[str]:
     if not host or not port.isdecimal() or int(port) > 65535:
         raise UserError(f"RDZV_ENDPOINT={endpoint}: expected HOST:PORT, as in node0:29500")
     return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=torchtitan_lite"]
-
-
-def _accelerators() -> int:
-    """Accelerators of this machine that are visible, counted without torch; 0 where there are none."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
-    nvidia = [path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdecimal()]
-    amd = list(Path("/dev/dri").glob("renderD*")) if Path("/dev/kfd").exists() else []
-    return len(nvidia) or len(amd)
 
 
 def _torchrun(command: list[str], plan: JobPlan) -> int:

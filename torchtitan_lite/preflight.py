@@ -16,6 +16,7 @@ from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
+from torchtitan_lite.distributed.environment import accelerators
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan_lite.distributed.plans import ParallelPlan
@@ -109,6 +110,7 @@ def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> J
 def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
     config = plan.config
+    _async_tensor_parallel_needs_accelerators(config)
     _make_writable(plan.folder, (config.checkpoint.folder, config.metrics.save_tb_folder))
     _resume_needs_checkpoints_on(plan)
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, plan.model_args.vocab_size)
@@ -151,6 +153,14 @@ def run_folder_held(folder: Path) -> Iterator[None]:
         handle.write(str(os.getpid()))
         handle.flush()
         yield
+
+
+def _async_tensor_parallel_needs_accelerators(config: JobConfig) -> None:
+    if config.parallelism.enable_async_tensor_parallel and not accelerators():
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel = true needs CUDA's symmetric memory, and this machine has no "
+            "accelerator; set it to false"
+        )
 
 
 def _make_writable(folder: Path, folders: Sequence[str]) -> None:

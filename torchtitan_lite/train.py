@@ -62,6 +62,8 @@ def _train(plan: JobPlan, prepared: Prepared) -> None:
         logger.info(
             'bfloat16 is many times slower than float32 on most CPUs: training.mixed_precision_param = "float32"'
         )
+    if here.device.type == "cpu" and plan.config.training.enable_cpu_offload:
+        logger.warning("training.enable_cpu_offload = true saves nothing: this machine has host memory only")
     try:
         settings = flat(asdict(plan.config)) | flat(identity(plan, prepared))
         # A folder that is not shared between nodes would have some resume and others start.

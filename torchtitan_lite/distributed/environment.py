@@ -1,6 +1,7 @@
 """What torchrun and the user put into the environment. No torch."""
 
 import os
+from pathlib import Path
 
 from torchtitan_lite.errors import UserError
 
@@ -21,3 +22,13 @@ def environment_ranks() -> tuple[int, int]:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def accelerators() -> int:
+    """Accelerators of this machine that are visible, counted without torch; 0 where there are none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    nvidia = [path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdecimal()]
+    amd = list(Path("/dev/dri").glob("renderD*")) if Path("/dev/kfd").exists() else []
+    return len(nvidia) or len(amd)

@@ -8,7 +8,6 @@ feed-forward and scatters the sums after each: two all-gathers and two reduce-sc
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -23,7 +22,6 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from torchtitan_lite.distributed.plans import TensorPlan
-from torchtitan_lite.errors import UserError
 
 _SEQUENCE, _HEADS, _VOCABULARY = Shard(1), Shard(2), Shard(-1)
 
@@ -45,14 +43,11 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan, 
 
 
 def enable_async(mesh: DeviceMesh) -> None:
-    """Let the compiler cut collectives and the matrix products beside them into pieces that overlap."""
-    if mesh.device_type != "cuda":
-        raise UserError(
-            "parallelism.enable_async_tensor_parallel = true needs CUDA's symmetric memory, there is none; set it to false"
-        )
+    """Let the compiler cut collectives and the matrix products beside them into pieces that overlap; CUDA only."""
+    import torch._inductor.config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    torch._inductor.config._micro_pipeline_tp = True
+    inductor._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
