@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 SETUP := root=$(CURDIR); . ./bootstrap.sh; bootstrap dev
 
-.PHONY: test check docs plot
+.PHONY: test check docs plot parity mutants
 
 # Everything that needs no GPU. ARGS="-k name" for a part, ARGS=--max-ranks=8 for more ranks.
 test:
@@ -16,6 +16,14 @@ check:
 	"$$python" -m mypy; \
 	"$$python" -m pytest tests/test_imports.py tests/test_docs.py tests/config/test_document.py; \
 	"$$python" -m torchtitan_lite config check train_configs/*.toml
+
+# Every mesh of tests/parity against the single process; rewrites the table in docs/parallelism.md. ARGS="--only tp".
+parity:
+	@$(SETUP); exec "$$python" -m tests.parity $(ARGS)
+
+# Bugs put into the running product, each of which the comparison must catch; rewrites its table too.
+mutants:
+	@$(SETUP); exec "$$python" -m tests.parity.mutate $(ARGS)
 
 # What is generated from the code.
 docs:

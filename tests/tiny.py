@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from docs.examples.minimal_gpt import SPEC as GPT
+from docs.examples.minimal_gpt import GPTArgs
 from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.models.llama3.args import Llama3Args
 from torchtitan_lite.models.qwen3 import SPEC as QWEN3
@@ -19,6 +21,7 @@ DEEP_LLAMA = replace(
     LLAMA3, name="deep_llama", flavors={"untied": _DEEP_LLAMA, "tied": replace(_DEEP_LLAMA, tied=True)}
 )
 DEEP_QWEN = replace(QWEN3, name="deep_qwen", flavors={"untied": _DEEP_QWEN, "tied": replace(_DEEP_QWEN, tied=True)})
+SMALL_GPT = replace(GPT, name="small_gpt", flavors={"untied": GPTArgs(64, 4, 4, vocab_size=384, max_seq_len=512)})
 
 
 def write_recipe(path: Path, corpus: Path, cache: Path, **sections: dict[str, object]) -> Path:

@@ -16,13 +16,13 @@ from torchtitan_lite.distributed.context_parallel import SequenceShare, apply_co
 from torchtitan_lite.distributed.data_parallel import DataPlan, apply_data_parallel
 from torchtitan_lite.distributed.mesh import axis, data_axes
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
-from torchtitan_lite.distributed.pipeline import apply_pipeline_parallel, take_out_other_stages
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.distributed.plans import ParallelPlan
 from torchtitan_lite.distributed.tensor_parallel import apply_tensor_parallel, enable_async
+from torchtitan_lite.distributed.units import require_names, take_out_other_stages
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.spec import ModelSpec
-from torchtitan_lite.trainable import Loss, Place, Schedule, StagedModel, TrainableModel, WholeModel
+from torchtitan_lite.trainable import Place, TrainableModel, WholeModel
 
 
 @dataclass(frozen=True)
@@ -57,33 +57,23 @@ def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) 
     if pipeline is None:
         module = _spread(recipe, _built(recipe, None), mesh, device)
         return WholeModel(module, place, whole_gradients=not _frees_parameters(recipe))
+    from torchtitan_lite.staged import StagedModel
+
+    stages = axis(mesh, "pp")
+    assert stages is not None
     parts = [_spread(recipe, _built(recipe, stage), mesh, device) for stage in pipeline.stages_of(at["pp"])]
-
-    def schedule(loss: Loss) -> Schedule:
-        stages = axis(mesh, "pp")
-        assert stages is not None and pipeline is not None
-        return apply_pipeline_parallel(
-            parts, stages, pipeline, device=device, edges=lambda stage: _edges(recipe, stage), loss=loss
-        )
-
     # The schedule last: it runs the stages as everything else has left them.
-    return StagedModel(
-        parts,
-        place,
-        microbatches=pipeline.microbatches,
-        first=0 in pipeline.stages_of(at["pp"]),
-        last=len(pipeline.stages) - 1 in pipeline.stages_of(at["pp"]),
-        schedule=schedule,
-    )
+    return StagedModel(parts, place, stages, pipeline, lambda stage: _edges(recipe, stage))
 
 
 def _built(recipe: Recipe, stage: int | None) -> nn.Module:
     # Meta first: a 405B model has no room anywhere before it is sharded.
     with torch.device("meta"):
         module = recipe.spec.build(recipe.args)
+    units = tuple(recipe.args.flops_by_module(recipe.config.training.seq_len))
+    require_names(module, recipe.plan, units)
     if stage is not None and recipe.pipeline is not None:
         # Stages before techniques: none of them then works on what another rank holds.
-        units = tuple(recipe.args.flops_by_module(recipe.config.training.seq_len))
         take_out_other_stages(module, units, recipe.pipeline.stages[stage])
     return module
 

@@ -102,16 +102,19 @@ def _show(options: argparse.Namespace, overrides: list[str]) -> int:
     from torchtitan_lite.preflight import plan_job
 
     derived: dict[str, str] = {}
+    warnings: list[str] = []
     config = load_config(options.recipe, overrides)
     if options.world_size:
         plan = plan_job(options.recipe, overrides, options.world_size)
-        config, derived = plan.config, dict(plan.derived())
+        config, derived, warnings = plan.config, dict(plan.derived()), plan.warnings()
     if options.json:
-        print(strict_dumps({"config": asdict(config), "derived": derived}, indent=1))
+        print(strict_dumps({"config": asdict(config), "derived": derived, "warnings": warnings}, indent=1))
         return 0
     print("\n".join(config_lines(config)))
     for what, value in derived.items():
         print(f"\n# {what}: {value}" if what == next(iter(derived)) else f"# {what}: {value}")
+    for warning in warnings:
+        print(f"# warning: {warning}")
     return 0
 
 

@@ -94,8 +94,8 @@ def split_backward_needs_whole_parameters(case: Case) -> None:
 def split_backward_is_not_compiled(case: Case) -> None:
     if case.pipeline and case.pipeline.split_backward and case.config.compile.enable:
         raise UserError(
-            f"compile.enable = true does not work with {case.pipeline.schedule}, which runs its backward in halves; set "
-            "it to false or choose 1F1B, GPipe, Interleaved1F1B or LoopedBFS"
+            f"compile.enable = true does not work with {case.pipeline.schedule}, which runs its backward in halves; "
+            "set it to false or choose 1F1B, GPipe, Interleaved1F1B or LoopedBFS"
         )
 
 

@@ -4,10 +4,8 @@ A rank's micro-batches are whole sequences; ranks that share a sequence read the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,10 +14,7 @@ from torch import Tensor, nn
 from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.distributed.context_parallel import SequenceShare, document_mask
 from torchtitan_lite.distributed.data_parallel import reduce_gradients
-from torchtitan_lite.distributed.pipeline import Schedule, forward_only
 from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -133,61 +128,3 @@ class WholeModel(TrainableModel):
         (module,) = self.parts
         logits = module(self.part_of(batch.tokens), **self.arguments(batch.documents))
         return token_loss_sum(logits, self.part_of(batch.labels))
-
-
-class StagedModel(TrainableModel):
-    """A rank that holds some stages of a pipeline.
-
-    All micro-batches of a step go through one call of the schedule, `microbatches` of them; first, last: whether the
-    model's first and last stage are here. schedule: makes the schedule from the loss of a micro-batch.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[nn.Module],
-        place: Place,
-        *,
-        microbatches: int,
-        first: bool,
-        last: bool,
-        schedule: Callable[[Loss], Schedule],
-    ) -> None:
-        super().__init__(parts, place)
-        self._microbatches, self._first, self._last = microbatches, first, last
-        self._divisor = torch.ones((), dtype=torch.int64, device=place.device)
-        for part in parts:
-            # What every stage needs beside hidden states comes from here, not from the stage before.
-            part.register_forward_pre_hook(self._with_arguments, with_kwargs=True)
-        self._schedule = schedule(lambda logits, labels: token_loss_sum(logits, labels) / self._divisor)
-
-    def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
-        self._divisor = self.valid_tokens(batches)
-        return self._run(self._schedule.step, batches)
-
-    def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        self._divisor = torch.ones_like(self._divisor)
-        waiting = iter(batches)
-        while some := list(islice(waiting, self._microbatches)):
-            empty = Batch(
-                torch.zeros_like(some[0].tokens),
-                torch.full_like(some[0].labels, IGNORE),
-                None if some[0].documents is None else torch.zeros_like(some[0].documents),
-            )
-            with forward_only(self._schedule):
-                yield self._run(self._schedule.eval, [*some, *[empty] * (self._microbatches - len(some))])
-
-    def _run(self, call: Callable[..., Any], batches: Sequence[Batch]) -> Tensor:
-        tokens = (self.part_of(torch.cat([batch.tokens for batch in batches])),) if self._first else ()
-        labels = self.part_of(torch.cat([batch.labels for batch in batches])) if self._last else None
-        documents = [batch.documents for batch in batches if batch.documents is not None]
-        given = {"documents": torch.cat(documents)} if documents else {}
-        losses: list[Tensor] = []
-        call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
-        if not losses or not self.place.reports:
-            return torch.zeros((), device=self.place.device)
-        return torch.stack(losses).detach().sum()
-
-    def _with_arguments(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, self.arguments(kwargs.get("documents"))

@@ -27,12 +27,12 @@ class GPTArgs:
     max_seq_len: int = 1024
 
     def parameter_count(self) -> int:
-        layer = 12 * self.dim * self.dim + 13 * self.dim
+        layer = 12 * self.dim * self.dim + 12 * self.dim
         return self.n_layers * layer + (2 * self.vocab_size + self.max_seq_len + 2) * self.dim
 
     def flops_by_module(self, seq_len: int) -> dict[str, float]:
         """Of one token, forward and backward, in the order of the forward pass; a pipeline may cut between them."""
-        block = 6.0 * (12 * self.dim * self.dim + 13 * self.dim) + 6 * self.dim * seq_len
+        block = 6.0 * (12 * self.dim * self.dim + 12 * self.dim) + 6 * self.dim * seq_len
         return {
             "tokens": 0.0,
             "positions": 0.0,
@@ -46,7 +46,8 @@ class Attention(nn.Module):
     def __init__(self, args: GPTArgs) -> None:
         super().__init__()
         self.head_dim = args.dim // args.n_heads
-        self.q, self.k, self.v, self.projection = (nn.Linear(args.dim, args.dim) for _ in range(4))
+        self.q, self.v, self.projection = (nn.Linear(args.dim, args.dim) for _ in range(3))
+        self.k = nn.Linear(args.dim, args.dim, bias=False)  # one would cancel in the softmax
         self.core = DotProductAttention()
 
     def forward(self, x: Tensor, *, mask: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ Losses, gradient norms and, from the optimizer's doorstep, every parameter's gra
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torchtitan_lite.optim.loss import IGNORE
 STEPS = 12
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A mesh: its name, ranks, overrides of the recipe, and what the single process it is held to shares with it.
 
@@ -71,6 +72,9 @@ class Difference:
 # What a case may differ by in float32: first loss, first norm, worst gradient, any of twelve losses, validation.
 LIMITS = {"loss": 1e-6, "norm": 1e-6, "grad": 5e-6, "losses": 2e-6, "validation": 1e-6}
 
+# bfloat16 keeps 8 bits: what is within these is rounding that falls elsewhere.
+BF16_LIMITS = {"loss": 2e-3, "norm": 2e-2, "grad": 1e-1, "losses": 5e-3, "validation": 2e-3}
+
 
 def base_recipe(folder: Path, corpus: Path, cache: Path) -> Path:
     return write_recipe(
@@ -85,10 +89,14 @@ def base_recipe(folder: Path, corpus: Path, cache: Path) -> Path:
 
 
 def run_case(
-    pool: RankPool, recipe: Path, case: Case, steps: int = STEPS, patch: Callable[[], None] | None = None
+    pool: RankPool,
+    recipe: Path,
+    case: Case,
+    steps: int = STEPS,
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Result:
-    """patch: called on each rank before anything is built (see mutants)."""
-    parts = pool.run(_train, case.ranks, str(recipe), case.arguments(), steps, patch, timeout=300.0)
+    """within: what each rank runs in (see mutants)."""
+    parts = pool.run(_train, case.ranks, str(recipe), case.arguments(), steps, within, timeout=300.0)
     grads = {name: grad for _, _, _, own in parts for name, grad in own.items()}
     losses = [sum(step) for step in zip(*(losses for losses, _, _, _ in parts), strict=True)]
     for _, norms, validation, _ in parts:
@@ -126,9 +134,16 @@ def _relative(found: list[float], expected: list[float]) -> float:
 
 
 def _train(
-    recipe: str, arguments: list[str], steps: int, patch: Callable[[], None] | None
+    recipe: str, arguments: list[str], steps: int, within: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[list[float], list[float], float, dict[str, torch.Tensor]]:
     """This rank's part of the loss of each step, the norms, the validation loss, the gradients it answers for."""
+    with within():
+        return _trained(recipe, arguments, steps)
+
+
+def _trained(
+    recipe: str, arguments: list[str], steps: int
+) -> tuple[list[float], list[float], float, dict[str, torch.Tensor]]:
     import torch.distributed as dist
 
     from torchtitan_lite.distributed import runtime
@@ -136,8 +151,6 @@ def _train(
     from torchtitan_lite.preflight import plan_job, prepare_job
     from torchtitan_lite.trainer import Trainer
 
-    if patch is not None:
-        patch()
     plan = plan_job(recipe, arguments, dist.get_world_size())
     here = runtime.Runtime(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "CPU")
     trainer = Trainer(plan, prepare_job(plan), here, RunLog(plan.folder, writes=False))
@@ -145,7 +158,7 @@ def _train(
 
     def keep(*_: Any) -> None:
         if not grads:
-            grads.update({name: _full(parameter.grad) for name, parameter in trainer.model.named_parameters()})
+            grads.update({name: _full(_grad(parameter)) for name, parameter in trainer.model.named_parameters()})
 
     trainer.optimizer.register_step_pre_hook(keep)
     held_out = trainer.held_out
@@ -165,7 +178,9 @@ def _train(
 def _validation(trainer: Any, store: Any) -> Any:
     from torchtitan_lite.data.loader import validation_batches
 
-    return validation_batches(store, 7, trainer.plan.batch.microbatch_size, trainer.batch_rank, trainer.plan.dims.batch_ranks)
+    return validation_batches(
+        store, 7, trainer.plan.batch.microbatch_size, trainer.batch_rank, trainer.plan.dims.batch_ranks
+    )
 
 
 def _ragged(batch: Batch) -> Batch:
@@ -177,6 +192,10 @@ def _ragged(batch: Batch) -> Batch:
     return replace(batch, labels=labels)
 
 
-def _full(tensor: torch.Tensor | None) -> torch.Tensor:
-    assert tensor is not None
+def _grad(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """A gradient that is not there counts as zero: the optimizer passes over it without a word."""
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _full(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()

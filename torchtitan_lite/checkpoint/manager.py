@@ -104,6 +104,7 @@ class CheckpointManager:
 
         final = self.folder_of(step)
         manifest = storage.read_manifest(final)
+        _require_intact(final, manifest["files"])
         _materialize_state(self._optimizer)
         before = (manifest["world_size"], manifest["device"])
         same_ranks = before == (dist.get_world_size(), self._device)
@@ -123,6 +124,19 @@ class CheckpointManager:
         if with_rng:
             tensors.update(_rng_state())
         return tensors
+
+
+def _require_intact(folder: Path, files: Mapping[str, Any]) -> None:
+    """Raise UserError on every rank where a file is not what the manifest says: torch would load it all the same.
+
+    Each rank reads its part of the files.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = {name: files[name] for name in sorted(files)[rank::ranks]}
+    found: list[list[str]] = [[]] * ranks
+    dist.all_gather_object(found, storage.damaged(folder, own))
+    if lines := [line for part in found for line in part]:
+        raise UserError(f"{lines[0]}; move {folder} away to resume from the checkpoint before it")
 
 
 def _materialize_state(optimizer: torch.optim.Optimizer) -> None:

@@ -46,6 +46,21 @@ def file_digests(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
     return digests
 
 
+def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is wrong with files as a manifest lists them, a line each."""
+    lines = []
+    for name, listed in files.items():
+        if not (folder / name).is_file():
+            lines.append(f"{folder / name}: is missing")
+        elif (found := file_digests(folder, name)[name]) != listed:
+            lines.append(f"{folder / name}: expected {_told(listed)}, found {_told(found)}")
+    return lines
+
+
+def _told(entry: Mapping[str, Any]) -> str:
+    return f"{entry['bytes']} bytes with SHA-256 {str(entry['sha256'])[:12]}..."
+
+
 def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
     """Write the manifest, which carries the SHA-256 of itself without that entry, and give the folder its name."""
     text = _canonical(contents)

@@ -84,8 +84,8 @@ def csv_schedule_names_a_file(config: JobConfig) -> None:
     from_file = parallelism.pipeline_parallel_schedule in ("PipelineScheduleSingle", "PipelineScheduleMulti")
     if from_file and not parallelism.pipeline_parallel_schedule_csv:
         raise UserError(
-            f'parallelism.pipeline_parallel_schedule = "{parallelism.pipeline_parallel_schedule}" takes its order from a '
-            "file: name it in parallelism.pipeline_parallel_schedule_csv"
+            f'parallelism.pipeline_parallel_schedule = "{parallelism.pipeline_parallel_schedule}" takes its order from '
+            "a file: name it in parallelism.pipeline_parallel_schedule_csv"
         )
     if parallelism.pipeline_parallel_schedule_csv and not from_file:
         raise UserError(

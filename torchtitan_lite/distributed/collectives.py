@@ -20,12 +20,12 @@ def all_reduce(x: Tensor, op: str, group: dist.ProcessGroup) -> Tensor:
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[n, *x.shape]: x of each of the n ranks, in order. The gradient is summed over ranks and scattered back."""
-    return _Gather.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(x, group)  # type: ignore[no-any-return]
 
 
 def exchange(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-to-all: x is [n, ...], a part for each of the n ranks; so is what comes back, a part from each."""
-    return _Exchange.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _Exchange.apply(x, group)  # type: ignore[no-any-return]
 
 
 class _Gather(torch.autograd.Function):
@@ -36,7 +36,7 @@ class _Gather(torch.autograd.Function):
         return _ops.wait_tensor(whole).view(group.size(), *x.shape)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         group = ctx.group
         own = _ops.reduce_scatter_tensor(grad.contiguous().flatten(0, 1), "sum", group.size(), group.group_name)
         return _ops.wait_tensor(own).view(grad.shape[1:]), None
@@ -49,7 +49,7 @@ class _Exchange(torch.autograd.Function):
         return _exchanged(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _exchanged(grad, ctx.group), None
 
 

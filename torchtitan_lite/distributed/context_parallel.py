@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite.distributed.collectives import exchange, gather
 from torchtitan_lite.distributed.plans import ContextPlan
-from torchtitan_lite.distributed.tensor_parallel import style_of
+from torchtitan_lite.distributed.units import matches
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, plan: ContextPlan
     """Wrap every attention that `plan` names, in place; `mesh` has the one axis of ranks that share a sequence."""
     wrapper = _Exchanged if method == "alltoall" else _Gathered
     for name, module in list(model.named_modules()):
-        if style_of(name, {plan.attention: "attention"}):
+        if matches(name, plan.attention):
             model.set_submodule(name, wrapper(module, mesh.get_group()))
 
 

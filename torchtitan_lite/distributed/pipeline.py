@@ -1,6 +1,6 @@
-"""Pipeline parallelism on torch.distributed.pipelining: this rank's stages and the schedule that runs them.
+"""Pipeline parallelism on torch.distributed.pipelining: the schedule over this rank's stages.
 
-A stage is the whole model on meta with the modules of other stages taken out: parameters keep their names.
+Imported where there is a pipeline: torch.distributed.pipelining takes 2 s to import.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,21 +23,6 @@ from torch.distributed.pipelining.schedules import (
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
-
-
-def take_out_other_stages(model: nn.Module, units: Sequence[str], stage: Sequence[str]) -> None:
-    """Leave of `model` (on meta) the modules of `stage`; the other ones of `units` become None, or go from their
-    container."""
-    for name in units:
-        if name in stage:
-            continue
-        parent, _, child = name.rpartition(".")
-        if parent:
-            container = model.get_submodule(parent)
-            assert isinstance(container, nn.ModuleDict), f"{parent}: layers of a model with stages are a ModuleDict"
-            del container[child]
-        else:
-            setattr(model, child, None)
 
 
 def apply_pipeline_parallel(

@@ -4,6 +4,7 @@ import csv
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from torchtitan_lite.config.decoding import nearest
@@ -54,8 +55,8 @@ class PipelinePlan:
         layers = " ".join(str(sum("." in name for name in stage)) for stage in self.stages)
         empty = f" ({self.padding} of them empty)" if self.padding else ""
         return (
-            f"{self.schedule}, {len(self.stages)} stages with {layers} layers, {self.microbatches} micro-batches{empty}, "
-            f"{self.bubble():.0%} bubble at least"
+            f"{self.schedule}, {len(self.stages)} stages with {layers} layers, {self.microbatches} micro-batches"
+            f"{empty}, {self.bubble():.0%} bubble at least"
         )
 
 
@@ -71,8 +72,8 @@ def plan_pipeline(parallelism: Parallelism, flops: Mapping[str, float], samples:
         rank_of_stage, microbatches, split = _read_csv(parallelism)
         if least > microbatches:
             raise UserError(
-                f"{parallelism.pipeline_parallel_schedule_csv}: has {microbatches} micro-batches, a step has {least} of "
-                f"{parallelism.pipeline_parallel_microbatch_size} samples; raise "
+                f"{parallelism.pipeline_parallel_schedule_csv}: has {microbatches} micro-batches, a step has {least} "
+                f"of {parallelism.pipeline_parallel_microbatch_size} samples; raise "
                 "parallelism.pipeline_parallel_microbatch_size or give the schedule more"
             )
         stages = _cut(parallelism, flops, len(rank_of_stage))
@@ -122,8 +123,8 @@ def _cut(parallelism: Parallelism, flops: Mapping[str, float], stages: int) -> t
     elif stages > len(layers):
         raise UserError(
             f"parallelism.pipeline_parallel_degree = {parallelism.pipeline_parallel_degree} with "
-            f"{parallelism.pipeline_parallel_schedule} makes {stages} stages of {len(layers)} layers; a stage needs one "
-            f"at least: use a degree of {_most_ranks(parallelism, stages, len(layers))} or less"
+            f"{parallelism.pipeline_parallel_schedule} makes {stages} stages of {len(layers)} layers; a stage needs "
+            f"one at least: use a degree of {_most_ranks(parallelism, stages, len(layers))} or less"
         )
     else:
         sizes = split_by_cost(flops, stages)
@@ -131,7 +132,7 @@ def _cut(parallelism: Parallelism, flops: Mapping[str, float], stages: int) -> t
     # What stands before the layers joins the first stage, what stands after them the last.
     names, first = list(flops), list(flops).index(layers[0])
     bounds = [0, *(first + end for end in ends[:-1]), len(names)]
-    return tuple(tuple(names[start:stop]) for start, stop in zip(bounds, bounds[1:], strict=False))
+    return tuple(tuple(names[start:stop]) for start, stop in pairwise(bounds))
 
 
 def split_by_cost(flops: Mapping[str, float], stages: int) -> list[int]:
@@ -164,9 +165,8 @@ def _as_named(parts: Sequence[Sequence[str]], units: list[str]) -> tuple[tuple[s
     for stage, part in enumerate(parts):
         for name in part:
             if name not in units:
-                raise UserError(
-                    f"{key}[{stage}]: the model has no module {name}{nearest(name, units) or f'; there are {_span(units)}'}"
-                )
+                hint = nearest(name, units) or f"; there are {_span(units)}"
+                raise UserError(f"{key}[{stage}]: the model has no module {name}{hint}")
         if not part:
             raise UserError(f"{key}[{stage}]: is empty; a stage needs a module at least")
     named = [name for part in parts for name in part]

@@ -9,9 +9,7 @@ from typing import Literal
 
 # How a module's parameters and activations lie over the ranks of the tensor axis; what each does stands in
 # distributed/tensor_parallel.py. Between blocks the hidden states are split along the sequence.
-TensorStyle = Literal[
-    "embedding", "sequence", "gather", "columns", "rows", "head_norm", "output", "tied_output"
-]
+TensorStyle = Literal["embedding", "sequence", "gather", "columns", "rows", "head_norm", "output", "tied_output"]
 
 
 @dataclass(frozen=True)

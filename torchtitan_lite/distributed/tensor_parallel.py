@@ -6,7 +6,6 @@ feed-forward and scatters the sums after each: two all-gathers and two reduce-sc
 """
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -22,6 +21,7 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from torchtitan_lite.distributed.plans import TensorPlan
+from torchtitan_lite.distributed.units import matches
 
 _SEQUENCE, _HEADS, _VOCABULARY = Shard(1), Shard(2), Shard(-1)
 
@@ -54,7 +54,7 @@ def enable_async(mesh: DeviceMesh) -> None:
 def style_of(name: str, styles: Mapping[str, str]) -> str | None:
     """The style of the module of that name, by the first pattern that matches part for part."""
     for pattern, style in styles.items():
-        if pattern.count(".") == name.count(".") and fnmatchcase(name, pattern):
+        if matches(name, pattern):
             return style
     return None
 

@@ -40,7 +40,9 @@ def _sharded_over(grad: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
     if not isinstance(grad, DTensor):
         return None
     # Not is_shard(): it is False for the strided shards that FSDP makes of tensor-parallel ones.
-    return grad.device_mesh, tuple(axis for axis, placement in enumerate(grad.placements) if not placement.is_replicate())
+    return grad.device_mesh, tuple(
+        axis for axis, placement in enumerate(grad.placements) if not placement.is_replicate()
+    )
 
 
 def _squared_sum(local: list[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """
     if isinstance(logits, DTensor):
         group = logits.device_mesh.get_group()
-        return _ShardedCrossEntropy.apply(logits.to_local().flatten(0, 1).float(), labels.flatten(), group)  # type: ignore[no-any-return, no-untyped-call]
+        return _ShardedCrossEntropy.apply(logits.to_local().flatten(0, 1).float(), labels.flatten(), group)  # type: ignore[no-any-return]
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
@@ -46,7 +46,7 @@ class _ShardedCrossEntropy(torch.autograd.Function):
         return (sum_N.log() - label_logit_N).where(valid_N, 0.0).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         softmax_NV, column_N, here_N, valid_N = ctx.saved_tensors
         # Scaled copy: the saved softmax stays what it is.
         grad_NV = softmax_NV * (grad * valid_N)[:, None]

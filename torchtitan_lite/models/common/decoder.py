@@ -41,7 +41,7 @@ class Decoder(nn.Module):
             x = self.norm(x)
         if isinstance(self.output, TiedOutput):
             return self.output(x, self.tok_embeddings.weight)  # type: ignore[no-any-return]
-        return x if self.output is None else self.output(x)
+        return x if self.output is None else self.output(x)  # type: ignore[no-any-return]
 
     def rope(self, positions_L: Tensor) -> Tensor:
         """The rotary table of these positions, kept from call to call."""

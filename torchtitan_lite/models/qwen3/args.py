@@ -25,7 +25,8 @@ class Qwen3Args:
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
             raise ValueError(
-                f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}, head_dim {self.head_dim} must be even"
+                f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}, "
+                f"head_dim {self.head_dim} must be even"
             )
 
     @property

@@ -1,0 +1,79 @@
+"""Meshes of up to four ranks (up to --max-ranks) against the single process, and bugs that the comparison must catch.
+
+All of them, with their numbers: `make parity` and `make mutants`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.parity.__main__ import parity_corpus
+from tests.parity.cases import BFLOAT16, CASES
+from tests.parity.mutants import MUTANTS, Mutant
+from tests.parity.mutate import caught_by
+from tests.parity.runner import BF16_LIMITS, LIMITS, Case, Result, base_recipe, compare, exceeded, run_case
+from tests.ranks import RankPool
+
+_STEPS = 4  # enough for a difference to feed back through clipping and the optimizer
+
+
+class Alone:
+    """Single processes, each run once for all the cases that are held to it."""
+
+    def __init__(self, pool: RankPool, recipe: Path) -> None:
+        self.pool, self.recipe, self.results = pool, recipe, dict[str, Result]()
+
+    def of(self, case: Case) -> Result:
+        key = " ".join(case.alone.arguments())
+        if key not in self.results:
+            self.results[key] = run_case(self.pool, self.recipe, case.alone, _STEPS)
+        return self.results[key]
+
+
+@pytest.fixture(scope="module")
+def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    folder = tmp_path_factory.mktemp("parity")
+    return Alone(pool, base_recipe(folder, parity_corpus(folder), folder / "cache"))
+
+
+def _ids(case: Case) -> str:
+    return f"{case.ranks} ranks, {case.name}, {case.model}"
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.ranks(case.ranks)) for case in [*CASES, *BFLOAT16[:3]]], ids=_ids
+)
+def test_a_mesh_computes_what_one_process_does(alone: Alone, case: Case) -> None:
+    found = run_case(alone.pool, alone.recipe, case, _STEPS)
+    difference = compare(found, alone.of(case))
+    assert not exceeded(difference, BF16_LIMITS if case in BFLOAT16 else LIMITS), difference
+
+
+# One of each kind here; all of them in `make mutants`.
+_KINDS = (
+    "loss_divided_twice",
+    "padding_has_a_loss",
+    "no_reduction_over_cp",
+    "norms_unsummed",
+    "rope_offset",
+    "vocabulary_offset",
+    "norm_of_own_stages",
+    "validation_counts_padding",
+)
+
+
+@pytest.mark.parametrize("name", _KINDS)
+def test_the_comparison_catches_a_bug(alone: Alone, name: str) -> None:
+    assert caught_by(alone.pool, alone.recipe, _mutant(name), {})
+
+
+def _mutant(name: str) -> Mutant:
+    (found,) = [mutant for mutant in MUTANTS if mutant.apply.__name__ == name]
+    return found
+
+
+def test_every_technique_and_both_models_are_held_to_one_process() -> None:
+    assert len(CASES) >= 40
+    assert {case.model.split("/")[0] for case in CASES} >= {"DEEP_LLAMA", "DEEP_QWEN", "SMALL_GPT"}
+    assert {case.ranks for case in CASES} >= {2, 3, 4, 8}
+    assert len(MUTANTS) >= 25

@@ -1,0 +1,144 @@
+"""What torch gets wrong without an error, each with a test that fails where the product steps into it."""
+
+import ast
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import torchtitan_lite
+from tests.distributed.test_parity import Alone, _mutant
+from tests.distributed.test_parity import alone as alone  # the fixture
+from tests.parity.mutate import caught_by
+from tests.ranks import RankPool
+from tests.test_trainer import _run
+from tests.tiny import write_recipe
+from torchtitan_lite.checkpoint import storage
+
+PACKAGE = Path(torchtitan_lite.__file__).parent
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero_bubble_frees_parameters",  # zero-bubble schedules with FSDP2 that frees parameters
+        "gathered_by_dist_nn",  # dist.nn's all_gather: wrong gradients for permuted layouts on gloo
+        "weights_by_shard",  # DTensor's random numbers: the same on every rank, others for every sharding
+        "compiled_wait",  # AsyncCollectiveTensor.wait() before a compiled block: gradients lost
+    ],
+)
+def test_stepping_into_it_changes_the_numbers_and_parity_says_so(alone: Alone, name: str) -> None:
+    # caught_by also holds the product as it is to the single process, on the mesh where the trap lies.
+    assert caught_by(alone.pool, alone.recipe, _mutant(name), {})
+
+
+def _recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:
+    return write_recipe(tmp_path / "tiny.toml", corpus, cache, checkpoint={"enable": True, "interval": 5})
+
+
+def test_a_bit_flipped_in_a_checkpoint_is_noticed(pool: RankPool, tmp_path: Path, corpus: Path, cache: Path) -> None:
+    """torch's distributed checkpoint loads a flipped bit of tensor data as it is."""
+    recipe = _recipe(tmp_path, corpus, cache)
+    _run(pool, 2, recipe, tmp_path / "run", "--training.steps=5")
+    shard = next((storage.step_folder(tmp_path / "run" / "checkpoint", 5)).glob("__1_*.distcp"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    codes = pool.run(_train_again, 2, str(recipe), str(tmp_path / "run"), group=False)
+    assert codes == [2, 2]
+
+
+def _train_again(recipe: str, folder: str) -> int:
+    from torchtitan_lite import train
+
+    os.environ["LOG_RANK"] = "0"
+    return train.main([recipe, f"--job.dump_folder={folder}", "--training.steps=10"])
+
+
+def test_a_save_that_dies_leaves_the_checkpoint_before_it_alone(
+    pool: RankPool, tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    """Saved over an older one, a checkpoint that died half-way loads as a mixture of both."""
+    recipe = _recipe(tmp_path, corpus, cache)
+    _run(pool, 1, recipe, tmp_path / "run", "--training.steps=5")
+    folder = storage.step_folder(tmp_path / "run" / "checkpoint", 5)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert pool.run(_dies_while_saving, 1, str(recipe), str(tmp_path / "run"), group=False) == ["died"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert storage.published_steps(folder.parent) == [5]
+
+
+def _dies_while_saving(recipe: str, folder: str) -> str:
+    from unittest.mock import patch
+
+    with patch.object(storage, "publish", side_effect=KeyboardInterrupt):
+        try:
+            _train_again(recipe, folder)
+        except KeyboardInterrupt:
+            return "died"
+    return "lived"
+
+
+def _broadcast_layouts(recipe: str, *arguments: str) -> int:
+    """Train, and count broadcasts of tensors that are not contiguous."""
+    from unittest.mock import patch
+
+    from torchtitan_lite import train
+
+    strange = 0
+    right = dist.broadcast
+
+    def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal strange
+        strange += not tensor.is_contiguous()
+        return right(tensor, *args, **kwargs)
+
+    os.environ["LOG_RANK"] = "0"
+    with patch.object(dist, "broadcast", watched), patch.object(dist.distributed_c10d, "broadcast", watched):
+        assert train.main([recipe, *arguments]) == 0
+    return strange
+
+
+def test_nothing_is_broadcast_in_a_layout_of_its_own(
+    pool: RankPool, tmp_path: Path, corpus: Path, cache: Path
+) -> None:
+    """gloo's broadcast sends memory as it lies: ranks with other layouts get other values."""
+    recipe = _recipe(tmp_path, corpus, cache)
+    for number, mesh in enumerate(("tensor", "pipeline", "context")):
+        arguments = [f"--job.dump_folder={tmp_path / str(number)}", "--training.steps=2"]
+        assert pool.run(
+            _broadcast_layouts, 2, str(recipe), f"--parallelism.{mesh}_parallel_degree=2", *arguments, group=False
+        ) == [0, 0]
+
+
+def test_grouped_products_are_not_used_without_care_of_their_tail() -> None:
+    """torch._grouped_mm leaves rows past the last group as the memory was. Nothing uses it yet; who does, zeroes or
+    cuts the tail in the same function, and lists it here."""
+    careful: set[str] = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and "grouped_mm" in node.attr:
+                assert str(path.relative_to(PACKAGE)) in careful, f"{path}:{node.lineno}"
+
+
+def test_torch_has_as_many_threads_as_openmp(pool: RankPool) -> None:
+    """Compiled code with other numbers of threads in the two is four times slower."""
+    for threads in ("1", "2"):
+        assert pool.run(_threads, 1, threads, group=False) == [int(threads)]
+
+
+def _threads(threads: str) -> int:
+    from torchtitan_lite.config.schema import Comm, Debug
+    from torchtitan_lite.distributed import runtime
+
+    before, os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1"), threads
+    try:
+        runtime.start(Comm(), Debug())
+        return torch.get_num_threads()
+    finally:
+        runtime.stop()
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = before

@@ -1,0 +1,90 @@
+"""`make parity`: every case against the single process, as a table that goes into docs/parallelism.md."""
+
+import argparse
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.corpus import write_corpus
+from tests.parity.cases import BFLOAT16, CASES
+from tests.parity.report import write_section
+from tests.parity.runner import (
+    BF16_LIMITS,
+    LIMITS,
+    STEPS,
+    Case,
+    Difference,
+    Result,
+    base_recipe,
+    compare,
+    exceeded,
+    run_case,
+)
+from tests.ranks import RankPool
+
+_COLUMNS = ("loss", "norm", "grad", "losses", "validation")
+_HEADINGS = ("first loss", "first norm", "worst gradient", f"{STEPS} losses", "validation")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="cases whose name or model has this text in it")
+    options = parser.parse_args()
+    logging.disable(logging.WARNING)
+    rows: list[tuple[Case, Difference]] = []
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="parity-") as name:
+        folder = Path(name)
+        recipe = base_recipe(folder, parity_corpus(folder), folder / "cache")
+        pool = RankPool(8)
+        alone: dict[str, Result] = {}
+        try:
+            for case in (case for case in [*CASES, *BFLOAT16] if options.only in f"{case.model} {case.name}"):
+                started = time.perf_counter()
+                limits = BF16_LIMITS if case in BFLOAT16 else LIMITS
+                key = " ".join(case.alone.arguments())
+                if key not in alone:
+                    alone[key] = run_case(pool, recipe, case.alone)
+                difference = compare(run_case(pool, recipe, case), alone[key])
+                rows.append((case, difference))
+                beyond = exceeded(difference, limits)
+                failures += bool(beyond)
+                numbers = "  ".join(f"{getattr(difference, column):8.1e}" for column in _COLUMNS)
+                verdict = f"FAIL {beyond}, {difference.grad_name}" if beyond else "ok"
+                seconds = time.perf_counter() - started
+                print(
+                    f"{case.model:<18} {case.ranks} ranks  {case.name:<58} {numbers}  {seconds:5.1f} s  {verdict}",
+                    flush=True,
+                )
+        finally:
+            pool.close()
+    if not options.only:
+        _write(rows)
+    print(f"{len(rows)} meshes, {failures} beyond the limits")
+    return 1 if failures else 0
+
+
+def parity_corpus(folder: Path) -> Path:
+    """Documents shorter than a sample, so that every sample has ends of documents in it."""
+    (folder / "corpus").mkdir()
+    (folder / "cache").mkdir()
+    return write_corpus(folder / "corpus", documents=200, sentences=6)
+
+
+def _write(rows: list[tuple[Case, Difference]]) -> None:
+    lines = [
+        f"| model | ranks | mesh | {' | '.join(_HEADINGS)} |",
+        f"|---|---|---|{'---|' * len(_HEADINGS)}",
+    ]
+    for case, difference in rows:
+        numbers = " | ".join(f"{getattr(difference, column):.1e}" for column in _COLUMNS)
+        lines.append(f"| {case.model.replace('/', ', ').lower()} | {case.ranks} | {case.name} | {numbers} |")
+    lines.append("| **limit in float32** | | | " + " | ".join(f"{LIMITS[column]:.0e}" for column in _COLUMNS) + " |")
+    lines.append("| **limit in bfloat16** | | | " + " | ".join(f"{BF16_LIMITS[c]:.0e}" for c in _COLUMNS) + " |")
+    write_section("parity", lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The meshes that are held to the single process, each technique alone and composed with the others.
+
+Every case trains on packed documents under a document mask, with labels taken out so that samples weigh differently.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tests.parity.runner import Case
+
+_KEYS = {
+    "replicate": "parallelism.data_parallel_replicate_degree",
+    "shard": "parallelism.data_parallel_shard_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "pp": "parallelism.pipeline_parallel_degree",
+    "method": "parallelism.context_parallel_rotate_method",
+    "schedule": "parallelism.pipeline_parallel_schedule",
+    "csv": "parallelism.pipeline_parallel_schedule_csv",
+    "microbatch": "parallelism.pipeline_parallel_microbatch_size",
+    "layers_per_stage": "parallelism.pipeline_parallel_layers_per_stage",
+    "parts": "parallelism.module_fqns_per_model_part",
+    "reshard": "parallelism.fsdp_reshard_after_forward",
+    "gathered_logits": "parallelism.disable_loss_parallel",
+    "local": "training.local_batch_size",
+    "offload": "training.enable_cpu_offload",
+    "compiled": "compile.enable",
+    "backend": "compile.backend",
+}
+LLAMA, QWEN, GPT = "DEEP_LLAMA/untied", "DEEP_QWEN/untied", "SMALL_GPT/untied"
+_ODD = {"training.global_batch_size": 7}  # no rank count but 1 and 7 divides it
+_FEW = {"training.global_batch_size": 2}
+_CSV = str(Path(__file__).parent / "pp2.csv")
+_PARTS = [["tok_embeddings", "layers.0"], [f"layers.{index}" for index in range(1, 8)] + ["norm", "output"]]
+
+
+def _case(ranks: int, model: str = LLAMA, recipe: dict[str, Any] | None = None, **overrides: Any) -> Case:
+    words = [f"{key} {value}" for key, value in overrides.items() if key not in ("csv", "parts", "backend")]
+    if "csv" in overrides or "parts" in overrides:
+        words.append("as named" if "parts" in overrides else "from a file")
+    words += [f"batch {value}" for value in (recipe or {}).values()]
+    words = words or [f"shard {ranks}"]
+    named = {_KEYS[key]: value for key, value in overrides.items()}
+    return Case(", ".join(words), ranks, named, model, recipe or {})
+
+
+DATA = [
+    _case(2),
+    _case(3, recipe=_ODD),
+    _case(4, QWEN),
+    _case(4, recipe=_FEW),
+    _case(2, reshard="never", local=1),
+    _case(2, reshard="always", local=2),
+    _case(2, QWEN, replicate=2, shard=1),
+    _case(2, model="DEEP_LLAMA/tied", replicate=2, shard=1, local=1),
+    _case(4, replicate=2, shard=2, local=1),
+    _case(4, QWEN, recipe=_ODD, replicate=2, shard=2, reshard="never", local=1),
+    _case(2, offload=True, local=2),
+    _case(8, QWEN, recipe=_ODD, replicate=2, shard=4, local=1),
+]
+TENSOR = [
+    _case(2, tp=2),
+    _case(2, QWEN, tp=2, local=2),
+    _case(2, "DEEP_QWEN/tied", tp=2),
+    _case(2, "DEEP_LLAMA/tied", tp=2, gathered_logits=True),
+    _case(2, gathered_logits=True, tp=2),
+    _case(4, tp=4),
+    _case(4, QWEN, recipe=_ODD, shard=2, tp=2, local=2),
+    _case(4, replicate=2, shard=1, tp=2),
+    _case(4, "DEEP_LLAMA/tied", shard=2, tp=2, reshard="never", local=1),
+    _case(8, replicate=2, shard=2, tp=2),
+    _case(8, QWEN, shard=2, tp=4),
+]
+CONTEXT = [
+    _case(2, cp=2),
+    _case(2, cp=2, method="alltoall"),
+    _case(4, QWEN, cp=4),
+    _case(4, QWEN, cp=4, method="alltoall"),
+    _case(4, recipe=_ODD, shard=2, cp=2, local=2),
+    _case(4, QWEN, shard=2, cp=2, method="alltoall"),
+    _case(4, replicate=2, shard=1, cp=2),
+    _case(4, cp=2, tp=2),
+    _case(4, QWEN, cp=2, tp=2, method="alltoall"),
+    _case(4, "SPEC/tiny", cp=4, method="alltoall"),  # twice as many ranks as key heads
+    _case(8, cp=8, method="alltoall"),
+    _case(8, cp=4, tp=2, method="alltoall"),
+    _case(8, QWEN, shard=2, cp=2, tp=2),
+    _case(8, replicate=2, shard=2, cp=2),
+]
+PIPELINE = [
+    *(_case(2, pp=2, schedule=name) for name in ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS")),
+    *(_case(2, QWEN, pp=2, schedule=name) for name in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")),
+    _case(2, pp=2, schedule="PipelineScheduleMulti", csv=_CSV),
+    _case(2, pp=2, parts=str(_PARTS).replace("'", '"'), microbatch=2),
+    _case(2, QWEN, pp=2, schedule="Interleaved1F1B", layers_per_stage=2),
+    _case(2, recipe=_FEW, pp=2, schedule="DualPipeV"),
+    _case(3, QWEN, recipe=_ODD, pp=3),
+    _case(4, pp=4, schedule="1F1B"),
+    _case(4, pp=4, schedule="ZBVZeroBubble"),
+    _case(4, QWEN, recipe=_ODD, shard=2, pp=2, schedule="ZBVZeroBubble"),
+    _case(4, shard=2, pp=2, reshard="always"),
+    _case(4, QWEN, replicate=2, shard=1, pp=2, schedule="LoopedBFS"),
+    _case(4, pp=2, tp=2, schedule="Interleaved1F1B"),
+    _case(4, QWEN, pp=2, tp=2, gathered_logits=True),
+    _case(4, pp=2, cp=2, schedule="DualPipeV"),
+    _case(4, QWEN, recipe=_ODD, pp=2, cp=2, method="alltoall"),
+    _case(8, shard=2, pp=2, tp=2, schedule="Interleaved1F1B"),
+    _case(8, QWEN, recipe=_ODD, shard=2, pp=2, cp=2, schedule="ZBVZeroBubble"),
+    _case(8, pp=2, cp=2, tp=2, schedule="InterleavedZeroBubble"),
+    _case(8, QWEN, shard=2, pp=4, schedule="DualPipeV"),
+    _case(8, replicate=2, shard=2, pp=2, offload=True),
+]
+COMPILED = [
+    _case(2, compiled=True, backend="aot_eager"),
+    _case(2, compiled=True, tp=2, backend="aot_eager"),
+    _case(2, QWEN, compiled=True, cp=2, backend="aot_eager"),
+    _case(4, compiled=True, pp=2, tp=2, backend="aot_eager"),
+]
+OUTSIDE = [
+    _case(2, GPT, local=1),
+    _case(2, GPT, tp=2),
+    _case(2, GPT, cp=2),
+    _case(2, GPT, pp=2, schedule="Interleaved1F1B"),
+    _case(4, GPT, cp=2, tp=2, method="alltoall"),
+    _case(8, GPT, shard=2, pp=2, tp=2, schedule="ZBVZeroBubble"),
+]
+CASES = [*DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMPILED, *OUTSIDE]
+
+# bfloat16 rounds to 3 digits, elsewhere on every mesh: held to the single process in bfloat16.
+_BF16 = {"training.mixed_precision_param": "bfloat16"}
+BFLOAT16 = [
+    _case(2, recipe=_BF16),
+    _case(2, recipe=_BF16, tp=2),
+    _case(2, QWEN, recipe=_BF16, cp=2),
+    _case(2, recipe=_BF16, pp=2),
+    _case(4, QWEN, recipe=_BF16, pp=2, tp=2, schedule="Interleaved1F1B"),
+]

@@ -1,0 +1,425 @@
+"""Bugs of the kinds that have bitten this field, put into the running product; each has a mesh that must catch it.
+
+A mutant is a context manager: within it the product is wrong. The product itself has no switches for any of this.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tests.parity.cases import LLAMA, QWEN, _case
+from tests.parity.runner import Case
+from torchtitan_lite.optim.loss import IGNORE
+
+Patch = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """apply: makes the product wrong within it. bug: in words, for the table. case: the mesh that shows it."""
+
+    apply: Patch
+    bug: str
+    case: Case
+
+
+MUTANTS: list[Mutant] = []
+
+
+def mutant(bug: str, case: Case) -> Callable[[Callable[[], Iterator[None]]], Patch]:
+    def register(function: Callable[[], Iterator[None]]) -> Patch:
+        apply = contextmanager(function)
+        MUTANTS.append(Mutant(apply, bug, case))
+        return apply
+
+    return register
+
+
+def _replaced(target: str, make: Callable[[Any], Any]) -> AbstractContextManager[Any]:
+    """`target` (package.module.name) replaced by make(what stood there)."""
+    from pkgutil import resolve_name
+
+    return patch(target, make(resolve_name(target)))
+
+
+PRODUCT = "torchtitan_lite"
+MODEL = f"{PRODUCT}.trainable.TrainableModel"
+
+
+# The loss and what divides it
+
+
+@mutant("loss divided by the micro-batches too", _case(2, local=1))
+def loss_divided_twice() -> Iterator[None]:
+    with _replaced(f"{MODEL}.valid_tokens", lambda right: lambda self, batches: right(self, batches) * len(batches)):
+        yield
+
+
+@mutant("loss divided by the rank's own tokens: a mean of means", _case(2, shard=2))
+def mean_of_means() -> Iterator[None]:
+    def local(self: Any, batches: Any) -> Tensor:
+        count = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        return torch.tensor(count * dist.get_world_size())
+
+    with patch(f"{MODEL}.valid_tokens", local):
+        yield
+
+
+@mutant("tokens counted on every rank that shares a sequence", _case(2, cp=2))
+def tokens_counted_twice() -> Iterator[None]:
+    with _replaced(f"{PRODUCT}.assembly.Place", lambda right: lambda *a, **k: right(*a, **{**k, "counts": True})):
+        yield
+
+
+@mutant("loss reported by every tensor-parallel rank", _case(2, tp=2))
+def loss_reported_twice() -> Iterator[None]:
+    with _replaced(f"{PRODUCT}.assembly.Place", lambda right: lambda *a, **k: right(*a, **{**k, "reports": True})):
+        yield
+
+
+@mutant("pipeline's gradients not divided by the valid tokens, the reported loss right", _case(2, pp=2))
+def pipeline_gradients_of_the_sum() -> Iterator[None]:
+    def wrong(self: Any, batches: Any) -> Tensor:
+        valid = self.valid_tokens(batches)
+        self._divisor = torch.ones_like(valid)
+        return self._run(self._schedule.step, batches) / valid  # type: ignore[no-any-return]
+
+    with patch(f"{PRODUCT}.staged.StagedModel.forward_backward", wrong):
+        yield
+
+
+@mutant("pipeline's gradients divided by the micro-batches", _case(2, pp=2, schedule="GPipe"))
+def pipeline_gradients_scaled() -> Iterator[None]:
+    def scaling(right: Any) -> Any:
+        def find(name: str) -> type:
+            cls = right(name)
+
+            class Scaling(cls):  # type: ignore[misc, valid-type]
+                def __init__(self, *args: Any, **kwargs: Any) -> None:
+                    super().__init__(*args, **{**kwargs, "scale_grads": True})
+
+            return Scaling
+
+        return find
+
+    with _replaced(f"{PRODUCT}.distributed.pipeline.get_schedule_class", scaling):
+        yield
+
+
+# Samples
+
+
+@mutant("last micro-batch dropped", _case(2, local=1))
+def last_microbatch_dropped() -> Iterator[None]:
+    target = f"{PRODUCT}.trainable.WholeModel.forward_backward"
+    with _replaced(target, lambda right: lambda self, batches: right(self, batches[:-1])):
+        yield
+
+
+@mutant("last micro-batch of a pipeline empty", _case(2, pp=2, schedule="Interleaved1F1B"))
+def last_microbatch_empty() -> Iterator[None]:
+    def emptied(right: Any) -> Any:
+        def wrong(self: Any, batches: Any) -> Tensor:
+            last = replace(batches[-1], labels=torch.full_like(batches[-1].labels, IGNORE))
+            return right(self, [*batches[:-1], last])  # type: ignore[no-any-return]
+
+        return wrong
+
+    with _replaced(f"{PRODUCT}.staged.StagedModel.forward_backward", emptied):
+        yield
+
+
+@mutant("rows that fill up a short rank's batch have a loss", _case(3, recipe={"training.global_batch_size": 7}))
+def padding_has_a_loss() -> Iterator[None]:
+    def wrong(right: Any) -> Any:
+        def batch(self: Any, samples: Any, size: int) -> Any:
+            made = right(self, samples, size)
+            made.labels[len(samples) :] = 0
+            return made
+
+        return batch
+
+    with _replaced(f"{PRODUCT}.data.loader.SampleStore.batch", wrong):
+        yield
+
+
+@mutant("every data-parallel rank reads the same samples", _case(2, shard=2))
+def same_samples() -> Iterator[None]:
+    with patch(f"{PRODUCT}.distributed.parallel_dims.ParallelDims.batch_rank", lambda self, rank: 0):
+        yield
+
+
+@mutant("ranks of one tensor-parallel group read different samples", _case(4, shard=2, tp=2))
+def different_samples() -> Iterator[None]:
+    target = f"{PRODUCT}.distributed.parallel_dims.ParallelDims.batch_rank"
+    with patch(target, lambda self, rank: rank % self.batch_ranks):
+        yield
+
+
+# Reductions of gradients
+
+
+@mutant("gradients averaged over ranks instead of summed", _case(2, shard=2))
+def gradients_averaged() -> Iterator[None]:
+    target = "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor"
+    with _replaced(target, lambda right: lambda self, factor: right(self, 2.0)):
+        yield
+
+
+@mutant("gradients not summed over context-parallel ranks", _case(2, cp=2))
+def no_reduction_over_cp() -> Iterator[None]:
+    with patch(f"{PRODUCT}.assembly.data_axes", lambda mesh: mesh["dp_shard"]):
+        yield
+
+
+@mutant("gradients not summed over replicas", _case(2, replicate=2, shard=1, local=2))
+def no_reduction_over_replicas() -> Iterator[None]:
+    with patch(f"{PRODUCT}.assembly.data_axes", lambda mesh: mesh["dp_shard"]):
+        yield
+
+
+def _unsummed(style: str) -> AbstractContextManager[Any]:
+    """The weights of modules of that style whole on every rank, their gradients of a rank's part only."""
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor.parallel.style import ParallelStyle
+
+    class Unsummed(ParallelStyle):
+        def _apply(self, module: nn.Module, mesh: Any) -> nn.Module:
+            weight = nn.Parameter(DTensor.from_local(module.weight.data, mesh, [Replicate()], run_check=False))  # type: ignore[arg-type]
+            module.weight = weight
+            eps = module.eps
+            module.forward = lambda x: nn.functional.rms_norm(x, weight.shape, module.weight.to_local(), eps)  # type: ignore[operator, method-assign, arg-type]
+            return module
+
+    def styles(right: Any) -> Any:
+        from torch.distributed.tensor import Shard
+        from torch.distributed.tensor.parallel import ColwiseParallel
+
+        output = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
+        return lambda loss_parallel: {**right(loss_parallel), style: Unsummed, "output": lambda: output}
+
+    return _replaced(f"{PRODUCT}.distributed.tensor_parallel._styles", styles)
+
+
+@mutant("norm weights' gradients not summed under sequence parallelism", _case(2, tp=2))
+def norms_unsummed() -> Iterator[None]:
+    with _unsummed("sequence"):
+        yield
+
+
+@mutant("gradients of query and key norms not summed over heads", _case(2, QWEN, tp=2))
+def head_norms_unsummed() -> Iterator[None]:
+    with _unsummed("head_norm"):
+        yield
+
+
+@mutant("tied output matrix hands no gradient to the embedding", _case(2, "DEEP_LLAMA/tied", shard=2))
+def tied_weights_unsynchronised() -> Iterator[None]:
+    target = f"{PRODUCT}.models.common.layers.TiedOutput.forward"
+    with _replaced(target, lambda right: lambda self, x, weight: right(self, x, weight.detach())):
+        yield
+
+
+@mutant("gradients of gathered keys and values not summed over ranks", _case(2, cp=2))
+def gathered_gradient_of_own_rank() -> Iterator[None]:
+    def own(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.group.rank()], None
+
+    with patch(f"{PRODUCT}.distributed.collectives._Gather.backward", staticmethod(own)):
+        yield
+
+
+@mutant(
+    "zero-bubble schedule over parameters that are freed after the forward",
+    _case(4, shard=2, pp=2, schedule="ZBVZeroBubble"),
+)
+def zero_bubble_frees_parameters() -> Iterator[None]:
+    with patch(f"{PRODUCT}.assembly._frees_parameters", lambda recipe: True):
+        yield
+
+
+@mutant(
+    "compiled block takes a collective's wait() for a plain tensor", _case(2, compiled=True, tp=2, backend="aot_eager")
+)
+def compiled_wait() -> Iterator[None]:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    def wrong(module: Any, args: Any, output: Any) -> Any:
+        return output.wait() if isinstance(output, AsyncCollectiveTensor) else output
+
+    with patch(f"{PRODUCT}.distributed.compile._settle", wrong):
+        yield
+
+
+@mutant("keys and values gathered by dist.nn, whose gradient is wrong for permuted layouts on gloo", _case(2, cp=2))
+def gathered_by_dist_nn() -> Iterator[None]:
+    from torch.distributed.nn.functional import all_gather
+
+    with patch(f"{PRODUCT}.distributed.context_parallel.gather", lambda x, group: torch.stack(all_gather(x, group))):
+        yield
+
+
+# Parts of a sequence
+
+
+@mutant("rotary positions of a rank's tokens count from 0", _case(2, cp=2))
+def rope_offset() -> Iterator[None]:
+    def wrong(right: Any) -> Any:
+        def arguments(self: Any, documents: Any) -> Any:
+            given = right(self, documents)
+            return {**given, "positions_L": torch.arange(len(given["positions_L"]))}
+
+        return arguments
+
+    with _replaced(f"{MODEL}.arguments", wrong):
+        yield
+
+
+@mutant(
+    "heads exchanged over pieces of the sequence that are balanced for gathering", _case(2, cp=2, method="alltoall")
+)
+def exchanged_pieces_out_of_order() -> Iterator[None]:
+    def balanced(right: Any) -> Any:
+        return lambda self, seq_len: right(replace(self, method="allgather"), seq_len)
+
+    with _replaced(f"{PRODUCT}.distributed.context_parallel.SequenceShare.positions", balanced):
+        yield
+
+
+@mutant("labels of another part of the sequence than the tokens", _case(2, cp=2))
+def labels_of_another_part() -> Iterator[None]:
+    def wrong(right: Any) -> Any:
+        def part_of(self: Any, rows: Tensor) -> Tensor:
+            share = self.place.share
+            return rows.chunk(share.ranks, dim=1)[share.rank] if bool((rows < 0).any()) else right(self, rows)
+
+        return part_of
+
+    with _replaced(f"{MODEL}.part_of", wrong):
+        yield
+
+
+@mutant("second pieces of gathered keys left in the order of the ranks", _case(2, cp=2))
+def gathered_pieces_out_of_order() -> Iterator[None]:
+    with patch("torch.Tensor.flip", lambda self, *dims: self):
+        yield
+
+
+@mutant("document mask of the first positions instead of the rank's", _case(2, QWEN, cp=2))
+def mask_of_other_rows() -> Iterator[None]:
+    target = f"{PRODUCT}.distributed.context_parallel.SequenceShare.query_positions"
+    with patch(target, lambda self, seq_len: torch.arange(seq_len // self.ranks)):
+        yield
+
+
+@mutant("key heads copied to the wrong ranks", _case(4, "SPEC/tiny", cp=4, method="alltoall"))
+def key_heads_out_of_order() -> Iterator[None]:
+    def repeated(self: Tensor, copies: int, dim: int) -> Tensor:
+        return torch.cat([self] * copies, dim=dim)
+
+    with patch("torch.Tensor.repeat_interleave", repeated):
+        yield
+
+
+@mutant("document mask lost behind the first stage", _case(2, pp=2))
+def mask_lost_between_stages() -> Iterator[None]:
+    def lost(right: Any) -> Any:
+        def arguments(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
+            return right(self, module, args, kwargs if module.tok_embeddings is not None else {})
+
+        return arguments
+
+    with _replaced(f"{PRODUCT}.staged.StagedModel._with_arguments", lost):
+        yield
+
+
+# The vocabulary in parts
+
+
+class _OffByOne:
+    """A process group that names the wrong rank."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group_name, self._rank = group.group_name, group.rank()
+
+    def rank(self) -> int:
+        return max(self._rank - 1, 0)
+
+
+@mutant("offset of a rank's part of the vocabulary wrong", _case(2, tp=2))
+def vocabulary_offset() -> Iterator[None]:
+    def wrong(right: Any) -> Any:
+        return staticmethod(lambda ctx, logits, labels, group: right(ctx, logits, labels, _OffByOne(group)))
+
+    with _replaced(f"{PRODUCT}.optim.loss._ShardedCrossEntropy.forward", wrong):
+        yield
+
+
+@mutant("largest logit of a rank's part of the vocabulary taken for that of all", _case(2, tp=2))
+def largest_logit_not_shared() -> Iterator[None]:
+    def wrong(right: Any) -> Any:
+        return lambda x, op, group: x if op == "max" else right(x, op, group)
+
+    with _replaced(f"{PRODUCT}.optim.loss.all_reduce", wrong):
+        yield
+
+
+# The gradient norm
+
+
+@mutant("strided shards of FSDP over tensor parallelism left out of the norm's sum", _case(4, shard=2, tp=2))
+def norm_without_strided_shards() -> Iterator[None]:
+    def wrong(grad: Any) -> Any:
+        placements = enumerate(grad.placements)
+        return grad.device_mesh, tuple(axis for axis, placement in placements if placement.is_shard())
+
+    with patch(f"{PRODUCT}.optim.gradients._sharded_over", wrong):
+        yield
+
+
+@mutant("replicated parameters counted once for each tensor-parallel rank", _case(2, tp=2))
+def norm_counts_replicas() -> Iterator[None]:
+    target = f"{PRODUCT}.optim.gradients._sharded_over"
+    with patch(target, lambda grad: (grad.device_mesh, tuple(range(grad.device_mesh.ndim)))):
+        yield
+
+
+@mutant("norm of this rank's pipeline stages only", _case(2, pp=2))
+def norm_of_own_stages() -> Iterator[None]:
+    target = f"{PRODUCT}.trainer.clip_by_global_norm"
+    with _replaced(target, lambda right: lambda parameters, max_norm, stages: right(parameters, max_norm, None)):
+        yield
+
+
+# Initial weights and validation
+
+
+@mutant("initial weights drawn shard by shard from one seed", _case(2, LLAMA, tp=2))
+def weights_by_shard() -> Iterator[None]:
+    def wrong(model: nn.Module, seed: int, rule: Any) -> None:
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+                local.normal_(rule(name).mean, rule(name).std)
+
+    with patch(f"{PRODUCT}.assembly.initialize", wrong):
+        yield
+
+
+@mutant("validation counts the rows that fill up its last batch", _case(2, pp=2))
+def validation_counts_padding() -> Iterator[None]:
+    def wrong(right: Any) -> Any:
+        def evaluate(self: Any, batches: Any) -> Tensor:
+            return right(self, (replace(batch, labels=batch.labels.clamp(min=0)) for batch in batches))  # type: ignore[no-any-return]
+
+        return evaluate
+
+    with _replaced(f"{MODEL}.evaluate", wrong):
+        yield
