@@ -25,7 +25,6 @@ PACKAGE = Path(torchtitan_lite.__file__).parent
     "name",
     [
         "zero_bubble_frees_parameters",  # zero-bubble schedules with FSDP2 that frees parameters
-        "gathered_by_dist_nn",  # dist.nn's all_gather: wrong gradients for permuted layouts on gloo
         "weights_by_shard",  # DTensor's random numbers: the same on every rank, others for every sharding
         "compiled_wait",  # AsyncCollectiveTensor.wait() before a compiled block: gradients lost
     ],
@@ -33,6 +32,33 @@ PACKAGE = Path(torchtitan_lite.__file__).parent
 def test_stepping_into_it_changes_the_numbers_and_parity_says_so(alone: Alone, name: str) -> None:
     # caught_by also holds the product as it is to the single process, on the mesh where the trap lies.
     assert caught_by(alone.pool, alone.recipe, _mutant(name), {})
+
+
+def _gathered_gradients() -> tuple[bool, bool]:
+    """Whether the gradient of our all-gather, and of dist.nn's, is right where it arrives in a permuted layout."""
+    from torch.distributed.nn.functional import all_gather
+
+    from torchtitan_lite.distributed.collectives import gather
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    weights = torch.arange(ranks * 2 * 3 * 4, dtype=torch.float32).view(ranks, 2, 3, 4)
+    right = ranks * weights[rank].transpose(1, 2).contiguous().transpose(1, 2)
+
+    def gradient(gathered: Any) -> torch.Tensor:
+        x = torch.zeros(2, 3, 4, requires_grad=True)
+        # Attention returns [batch, seq, heads] as a transposed view; so do its gradients.
+        grads = [weight.transpose(1, 2).contiguous().transpose(1, 2) for weight in weights]
+        torch.autograd.backward(list(gathered(x)), grads)
+        assert x.grad is not None
+        return x.grad
+
+    ours = gradient(lambda x: gather(x, dist.group.WORLD).unbind(0))
+    return torch.equal(ours, right), torch.equal(gradient(all_gather), right)
+
+
+def test_gathered_gradients_are_right_in_a_permuted_layout(pool: RankPool) -> None:
+    """torch.distributed.nn's all_gather gets them wrong on gloo."""
+    assert pool.run(_gathered_gradients, 2) == [(True, False)] * 2
 
 
 def _recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:

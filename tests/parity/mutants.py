@@ -257,14 +257,6 @@ def compiled_wait() -> Iterator[None]:
         yield
 
 
-@mutant("keys and values gathered by dist.nn, whose gradient is wrong for permuted layouts on gloo", _case(2, cp=2))
-def gathered_by_dist_nn() -> Iterator[None]:
-    from torch.distributed.nn.functional import all_gather
-
-    with patch(f"{PRODUCT}.distributed.context_parallel.gather", lambda x, group: torch.stack(all_gather(x, group))):
-        yield
-
-
 # Parts of a sequence
 
 
