@@ -82,17 +82,18 @@ class TrainableModel(ABC):
 
     def part_of(self, rows: Tensor) -> Tensor:
         """This rank's positions of whole sequences [batch, seq], on its device."""
-        if not self._whole:
-            rows = rows[:, self._rows]
-        if self.place.device.type == "cpu":
-            return rows
-        # Only a copy from pinned memory leaves the host free to go on.
-        return rows.pin_memory().to(self.place.device, non_blocking=True)
+        return self._on_device(rows if self._whole else rows[:, self._rows])
 
     def arguments(self, documents: Tensor | None) -> dict[str, Tensor | None]:
         """What a model's forward takes beside tokens; documents: whole sequences [batch, seq]."""
-        mask = None if documents is None else document_mask(documents.to(self.place.device), self._queries)
+        mask = None if documents is None else document_mask(self._on_device(documents), self._queries)
         return {"positions_L": self._positions, "mask": mask}
+
+    def _on_device(self, host: Tensor) -> Tensor:
+        if self.place.device.type == "cpu":
+            return host
+        # Only a copy from pinned memory leaves the host free to go on.
+        return host.pin_memory().to(self.place.device, non_blocking=True)
 
     def valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Tokens with a label in the global batch: int64 scalar; a float32 would round sums above 2^24."""

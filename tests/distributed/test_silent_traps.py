@@ -128,9 +128,7 @@ def _broadcast_layouts(recipe: str, *arguments: str) -> int:
     return strange
 
 
-def test_nothing_is_broadcast_in_a_layout_of_its_own(
-    pool: RankPool, tmp_path: Path, corpus: Path, cache: Path
-) -> None:
+def test_nothing_is_broadcast_in_a_layout_of_its_own(pool: RankPool, tmp_path: Path, corpus: Path, cache: Path) -> None:
     """gloo's broadcast sends memory as it lies: ranks with other layouts get other values."""
     recipe = _recipe(tmp_path, corpus, cache)
     for number, mesh in enumerate(("tensor", "pipeline", "context")):

@@ -65,8 +65,9 @@ def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
     """
     if not isinstance(model, FSDPModule):
         return
-    model.set_requires_all_reduce(last)
+    # In this order: the first sets what the second then narrows.
     model.set_requires_gradient_sync(last or not whole)
+    model.set_requires_all_reduce(last)
 
 
 def _prefetch(units: list[nn.Module]) -> None:
