@@ -93,16 +93,13 @@ def test_what_follows_is_told_in_words(recipe: Path) -> None:
         (["--lr_scheduler.total_steps=19"], 1, r"total_steps = 19 ends before training\.steps = 20"),
         (["--parallelism.data_parallel_replicate_degree=3"], 4, r"^4 ranks cannot be shared out"),
         (["--parallelism.data_parallel_shard_degree=2"], 4, r"= 2 ranks, there are 4"),
-        (["--parallelism.tensor_parallel_degree=2"], 2, r"tensor parallelism is not built yet"),
-        (["--parallelism.context_parallel_degree=2"], 2, r"context parallelism is not built yet"),
-        (["--parallelism.pipeline_parallel_degree=2"], 2, r"pipeline parallelism is not built yet"),
         (["--parallelism.expert_parallel_degree=2"], 2, r"expert parallelism is not built yet"),
         (["--parallelism.expert_parallel_degree=3"], 2, r"expert_parallel_degree = 3 does not divide .*; valid: 1, 2$"),
         (["--model.flavor=large"], 1, r'model\.flavor = "large": tiny has tiny, tied'),
         (
             ["--training.seq_len=513"],
             1,
-            r"^training\.seq_len = 513 is longer than the 512 positions of tiny; shorten it$",
+            r"^training\.seq_len = 513 is longer than the 512 positions of tiny tiny; shorten it$",
         ),
         (
             ["--parallelism.fsdp_reshard_after_forward=never"],

@@ -25,7 +25,7 @@ def prepared(tmp_path: Path) -> Prepared:
         files.append(f"train-{index:05d}.bin")
         np.arange(start, stop, dtype="<u2").tofile(tmp_path / files[-1])
     train, none = Split(tuple(files), 100, 4), Split((), 0, 0)
-    return Prepared(tmp_path, tmp_path / "tokenizer.model", "t", 100, "f", "uint16", train, none)
+    return Prepared(tmp_path, tmp_path / "tokenizer.model", "t", 100, 0, "f", "uint16", train, none)
 
 
 @pytest.fixture

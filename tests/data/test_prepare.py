@@ -65,7 +65,7 @@ def cache(tmp_path: Path) -> Path:
 
 def _prepare(books: Path, cache: Path, model: str = "", fraction: float = 0.25, vocab_size: int = VOCAB) -> Prepared:
     training = Training(dataset="text", dataset_path=str(books))
-    return prepare(training, Data(str(cache), fraction), model, vocab_size)
+    return prepare(training, Data(cache_folder=str(cache), validation_fraction=fraction), model, vocab_size)
 
 
 def _tokens(prepared: Prepared, split: Split) -> list[int]:
@@ -108,7 +108,7 @@ def test_a_file_holds_begin_text_end_of_each_document_in_order(
     assert (prepared.folder / "train-00000.bin").stat().st_size == 2 * len(expected)
     assert prepared.tokenizer_path == Path(model)
     assert prepared.tokenizer_fingerprint == tokenizer.fingerprint
-    assert prepared.vocab_size == VOCAB
+    assert (prepared.vocab_size, prepared.bos_id) == (VOCAB, tokenizer.bos_id)
 
 
 def test_a_tokenizer_is_trained_where_none_is_named(books: Path, cache: Path, texts: dict[str, str]) -> None:
@@ -154,6 +154,7 @@ def test_a_document_stays_on_its_side_when_others_come_and_its_text_changes(
     books: Path, cache: Path, model: str, texts: dict[str, str]
 ) -> None:
     before = set(_documents(first := _prepare(books, cache, model), first.validation))
+    assert before
     changed = {name: text + "more" for name, text in texts.items()}
     _write(books, changed | {f"new-{index}.txt": f"new {index}" for index in range(8)})
     second = _prepare(books, cache, model)
@@ -405,7 +406,7 @@ def test_the_cache_folder_is_named_by_recipe_then_environment_then_home(
     training = Training(dataset="text", dataset_path=str(books))
 
     def folder(named: str = "") -> Path:
-        return prepare(training, Data(named), model, VOCAB).folder.parent
+        return prepare(training, Data(cache_folder=named), model, VOCAB).folder.parent
 
     assert folder() == tmp_path / "home" / ".cache" / "torchtitan_lite"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -431,7 +432,7 @@ def test_samples_share_their_last_token_with_the_next(tokens: int, seq_len: int,
 
 def _of_size(train: int, held_out: int) -> Prepared:
     parts = Split(("t",), train, 3), Split(("v",), held_out, 2)
-    return Prepared(Path("x"), Path("y"), "f", VOCAB, "g", "uint16", *parts)
+    return Prepared(Path("x"), Path("y"), "f", VOCAB, 1, "g", "uint16", *parts)
 
 
 def test_a_part_without_a_whole_sample_is_refused() -> None:

@@ -11,15 +11,16 @@ from torch.distributed.tensor import DTensor
 
 from tests.ranks import RankPool
 from tests.tiny import SPEC
-from torchtitan_lite.assembly import TrainableModel, assemble
+from torchtitan_lite.assembly import Recipe, assemble
 from torchtitan_lite.config.resolution import plan_batch
-from torchtitan_lite.config.schema import Parallelism, Training
+from torchtitan_lite.config.schema import Debug, JobConfig, Parallelism, Training
 from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.distributed.mesh import build_mesh
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.optim.gradients import clip_by_global_norm
 from torchtitan_lite.optim.loss import IGNORE
+from torchtitan_lite.trainable import TrainableModel
 
 SEED = 42
 SEQ_LEN = 24
@@ -88,15 +89,14 @@ def _plain(case: Case) -> tuple[float, dict[str, torch.Tensor]]:
 
 def _assemble(case: Case, param_dtype: Any = "float32") -> TrainableModel:
     dims = ParallelDims(dp_replicate=case.replicate, dp_shard=case.shard)
-    return assemble(
-        SPEC,
-        SPEC.flavors[case.flavor],
-        mesh=build_mesh(dims, "cpu"),
-        device=torch.device("cpu"),
-        training=Training(mixed_precision_param=param_dtype),
+    config = JobConfig(
+        training=Training(seq_len=SEQ_LEN, mixed_precision_param=param_dtype),
         parallelism=Parallelism(fsdp_reshard_after_forward=case.reshard),
-        seed=SEED,
+        debug=Debug(seed=SEED),
     )
+    args = SPEC.flavors[case.flavor]
+    recipe = Recipe(config, dims, SPEC, args, SPEC.plan(args), None)
+    return assemble(recipe, build_mesh(dims, "cpu"), torch.device("cpu"), dist.get_rank())
 
 
 def _batches(case: Case) -> list[Batch]:
@@ -124,9 +124,9 @@ def _spread(case: Case) -> tuple[float, dict[str, torch.Tensor], float, dict[str
     model = _assemble(case)
     loss = model.forward_backward(_batches(case)).double()
     dist.all_reduce(loss)
-    parameters = dict(model.module.named_parameters())
+    parameters = dict(model.named_parameters())
     grads = {name: _full(parameter.grad).clone() for name, parameter in parameters.items()}
-    norm = clip_by_global_norm(parameters.values(), 0.5)
+    norm = clip_by_global_norm(parameters.values(), 0.5, None)
     clipped = {name: _full(parameter.grad) for name, parameter in parameters.items()}
     return loss.item(), grads, norm.item(), clipped
 
@@ -146,7 +146,7 @@ def test_loss_gradients_and_norm_are_those_of_one_process(pool: RankPool, case: 
 
 
 def _weights(case: Case) -> dict[str, torch.Tensor]:
-    return {name: _full(parameter.data) for name, parameter in _assemble(case).module.named_parameters()}
+    return {name: _full(parameter.data) for name, parameter in _assemble(case).named_parameters()}
 
 
 @pytest.mark.parametrize("case", [Case(2, 1, 2), Case(3, 1, 3), Case(4, 2, 2), Case(4, 4, 1, flavor="tied")], ids=str)
@@ -160,7 +160,7 @@ def _bfloat16_step(case: Case) -> tuple[float, set[torch.dtype], set[torch.dtype
     model = _assemble(case, "bfloat16")
     loss = model.forward_backward(_batches(case)).double()
     dist.all_reduce(loss)
-    parameters = list(model.module.parameters())
+    parameters = list(model.parameters())
     return loss.item(), {p.dtype for p in parameters}, {p.grad.dtype for p in parameters}
 
 

@@ -44,13 +44,13 @@ def test_a_step_is_adamw_by_hand(implementation: str) -> None:
 def test_clipping_scales_to_the_norm_and_no_smaller_gradient() -> None:
     parameters = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))]
     parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    norm = clip_by_global_norm(parameters, 1.0)
+    norm = clip_by_global_norm(parameters, 1.0, None)
     assert norm.dtype == torch.float64
     assert norm.item() == pytest.approx(5.0, rel=1e-12)
     assert torch.allclose(parameters[0].grad, torch.tensor([0.6, 0.0]), atol=1e-6)
-    assert clip_by_global_norm(parameters, 10.0).item() == pytest.approx(1.0, abs=1e-6)
+    assert clip_by_global_norm(parameters, 10.0, None).item() == pytest.approx(1.0, abs=1e-6)
     assert torch.allclose(parameters[1].grad, torch.tensor([0.8]), atol=1e-6)
-    assert clip_by_global_norm(parameters, float("inf")).item() == pytest.approx(1.0, abs=1e-6)
+    assert clip_by_global_norm(parameters, float("inf"), None).item() == pytest.approx(1.0, abs=1e-6)
 
 
 def test_the_loss_sums_over_valid_tokens() -> None:

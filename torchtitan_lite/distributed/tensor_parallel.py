@@ -5,6 +5,7 @@ Hidden states between modules are split along the sequence. A block gathers them
 feed-forward and scatters the sums after each: two all-gathers and two reduce-scatters forward, as many backward.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -48,7 +49,9 @@ def enable_async(mesh: DeviceMesh) -> None:
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
     inductor._micro_pipeline_tp = True
-    enable_symm_mem_for_group(mesh.get_group().group_name)
+    with warnings.catch_warnings():  # torch 2.13 calls it needless; torch 2.11 needs it
+        warnings.simplefilter("ignore", FutureWarning)
+        enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def style_of(name: str, styles: Mapping[str, str]) -> str | None:
