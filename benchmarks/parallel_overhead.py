@@ -46,7 +46,6 @@ from torchtitan_lite.optim.optimizer import build_optimizer
 from torchtitan_lite.preflight import JobPlan
 
 CORES = len(os.sched_getaffinity(0))
-STEPS = 2  # of each half of a pair
 REPEATS = 5
 LIMIT = 1.05
 TIMEOUT = timedelta(seconds=180)
@@ -147,14 +146,13 @@ def measure(technique: Technique, plain: Plain, rank: int, ranks: int, repeats: 
 
 
 def seconds_of(step: Callable[[], None]) -> float:
-    """Of one step, on the slowest rank."""
+    """Of one step, on the slowest rank; collective."""
     gc.collect()
     gc.disable()
     dist.barrier()
     started = time.perf_counter()
-    for _ in range(STEPS):
-        step()
-    took = torch.tensor((time.perf_counter() - started) / STEPS)
+    step()
+    took = torch.tensor(time.perf_counter() - started)
     gc.enable()
     dist.all_reduce(took, dist.ReduceOp.MAX)
     return took.item()
@@ -260,8 +258,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, choices=(2, 4), help="of one world size only")
     parser.add_argument("--only", default="", help="techniques whose name holds this")
-    parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--quick", action="store_true", help="one repeat")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="pairs of steps")
+    parser.add_argument("--quick", action="store_true", help="one pair")
     parser.add_argument("--breakdown", action="store_true", help="list the collectives of each technique")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path, metavar="JSON", help="print the table of an earlier run")

@@ -104,9 +104,9 @@ def microbatches_needed(schedule: str, at_least: int, ranks: int, stages: int) -
     if schedule in ("1F1B", "DualPipeV"):
         return max(at_least, stages)
     if schedule in ("Interleaved1F1B", "InterleavedZeroBubble"):
-        # As many in each round, and a round is no shorter than the ranks.
-        count = max(at_least, ranks)
-        while count % (count // ranks):
+        # As many in each of its rounds.
+        count = at_least
+        while count % max(1, count // ranks):
             count += 1
         return count
     return at_least
