@@ -43,3 +43,25 @@ def test_a_resumed_mesh_is_the_uninterrupted_one_to_the_bit(
     parts = _run(pool, 2, recipe, tmp_path / "parts", *mesh, "--training.steps=6")
     exact = ("step", "loss", "grad_norm")
     assert [[line[key] for key in exact] for line in parts] == [[line[key] for key in exact] for line in whole]
+
+
+def _train_strictly(recipe: str, *arguments: str) -> int:
+    import os
+    import warnings
+
+    from torchtitan_lite import train
+
+    os.environ["LOG_RANK"] = "0"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return train.main([recipe, *arguments])
+
+
+@pytest.mark.parametrize("mesh", [(_TP,), (_CP,), (_PP, _ZBV), (_CP, _TP)], ids=str)
+def test_no_mesh_makes_torch_warn(
+    pool: RankPool, tmp_path: Path, corpus: Path, cache: Path, mesh: tuple[str, ...]
+) -> None:
+    """What torch warns of is on its way to be an error, or is one that does not show."""
+    recipe = _recipe(tmp_path, corpus, cache)
+    arguments = (*mesh, f"--job.dump_folder={tmp_path / 'run'}", "--training.steps=2")
+    assert pool.run(_train_strictly, 4, str(recipe), *arguments, group=False) == [0] * 4

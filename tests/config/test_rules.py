@@ -8,11 +8,13 @@ import pytest
 from torchtitan_lite.config import rules
 from torchtitan_lite.config.schema import (
     Checkpoint,
+    Compile,
     Data,
     JobConfig,
     LRScheduler,
     Metrics,
     Model,
+    Parallelism,
     Training,
     Validation,
 )
@@ -20,7 +22,43 @@ from torchtitan_lite.errors import UserError
 
 Rule = Callable[[JobConfig], None]
 
+_ASYNC = Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)
+
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
+    (
+        rules.async_tensor_parallel_needs_compile,
+        JobConfig(parallelism=_ASYNC),
+        "parallelism.enable_async_tensor_parallel = true is done by the compiler: set compile.enable = true",
+    ),
+    (
+        rules.async_tensor_parallel_needs_compile,
+        JobConfig(parallelism=_ASYNC, compile=Compile(enable=True, backend="aot_eager")),
+        "parallelism.enable_async_tensor_parallel = true is done by the compiler: set compile.enable = true and "
+        'compile.backend = "inductor"',
+    ),
+    (
+        rules.async_tensor_parallel_needs_compile,
+        JobConfig(parallelism=Parallelism(enable_async_tensor_parallel=True), compile=Compile(enable=True)),
+        "parallelism.enable_async_tensor_parallel = true has nothing to overlap while "
+        "parallelism.tensor_parallel_degree = 1",
+    ),
+    (
+        rules.one_way_to_cut_a_pipeline,
+        JobConfig(
+            parallelism=Parallelism(pipeline_parallel_layers_per_stage=2, module_fqns_per_model_part=[["layers.0"]])
+        ),
+        "parallelism.pipeline_parallel_layers_per_stage = 2 and module_fqns_per_model_part both cut the model",
+    ),
+    (
+        rules.csv_schedule_names_a_file,
+        JobConfig(parallelism=Parallelism(pipeline_parallel_schedule="PipelineScheduleMulti")),
+        'parallelism.pipeline_parallel_schedule = "PipelineScheduleMulti" takes its order from a file: name it',
+    ),
+    (
+        rules.csv_schedule_names_a_file,
+        JobConfig(parallelism=Parallelism(pipeline_parallel_schedule_csv="order.csv")),
+        'parallelism.pipeline_parallel_schedule_csv = order.csv and pipeline_parallel_schedule = "1F1B" both order',
+    ),
     (
         rules.text_dataset_needs_a_path,
         JobConfig(training=Training(dataset="text")),
@@ -62,6 +100,19 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
 ]
 
 PASSED: list[tuple[Rule, JobConfig]] = [
+    (rules.async_tensor_parallel_needs_compile, JobConfig(parallelism=_ASYNC, compile=Compile(enable=True))),
+    (
+        rules.one_way_to_cut_a_pipeline,
+        JobConfig(parallelism=Parallelism(module_fqns_per_model_part=[["layers.0"]])),
+    ),
+    (
+        rules.csv_schedule_names_a_file,
+        JobConfig(
+            parallelism=Parallelism(
+                pipeline_parallel_schedule="PipelineScheduleMulti", pipeline_parallel_schedule_csv="order.csv"
+            )
+        ),
+    ),
     *((rule, JobConfig()) for rule in rules.RULES),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.stdlib_dataset_takes_no_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),

@@ -93,7 +93,10 @@ def test_stages_by_name() -> None:
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ([["tok_embedings", "layers.0"], _PARTS[1]], r"\[0\]: the model has no module tok_embedings; did you mean tok_"),
+        (
+            [["tok_embedings", "layers.0"], _PARTS[1]],
+            r"\[0\]: the model has no module tok_embedings; did you mean tok_",
+        ),
         ([_PARTS[0], ["layers.1", "norm"]], "output is in no stage"),
         ([_PARTS[0], ["layers.0", *_PARTS[1]]], r"layers\.0 stands where the model has layers\.1"),
         ([["layers.0", "tok_embeddings"], _PARTS[1]], "layers.0 stands where the model has tok_embeddings"),

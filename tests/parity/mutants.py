@@ -253,7 +253,7 @@ def compiled_wait() -> Iterator[None]:
     def wrong(module: Any, args: Any, output: Any) -> Any:
         return output.wait() if isinstance(output, AsyncCollectiveTensor) else output
 
-    with patch(f"{PRODUCT}.distributed.compile._settle", wrong):
+    with patch(f"{PRODUCT}.distributed.tensor_parallel._settle", wrong):
         yield
 
 

@@ -27,8 +27,7 @@ def data_axes(mesh: DeviceMesh) -> DeviceMesh:
     they are more shards.
     """
     names = mesh.mesh_dim_names or ()
-    shard = "dp_shard"
-    if "cp" in names:
-        shard = "dp_shard_cp"
-        mesh["dp_shard", "cp"]._flatten(shard)
-    return mesh["dp_replicate", shard] if "dp_replicate" in names else mesh[shard]
+    if "cp" not in names:
+        return mesh["dp_replicate", "dp_shard"] if "dp_replicate" in names else mesh["dp_shard"]
+    shards = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+    return DeviceMesh._concatenate([mesh["dp_replicate"], shards]) if "dp_replicate" in names else shards

@@ -7,8 +7,9 @@ feed-forward and scatters the sums after each: two all-gathers and two reduce-sc
 
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -37,10 +38,19 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan, 
     for name, module in list(model.named_modules()):
         if style := style_of(name, plan.styles):
             parallelize_module(module, mesh, styles[style]())
+            if style == "embedding":
+                module.register_forward_hook(_settle)
     for name, parameter in model.named_parameters():
         # A plain parameter among DTensors would keep the gradient of this rank's part of the sequence.
         if not isinstance(parameter, DTensor):
             raise ValueError(f"{name}: its module has no style in the model's tensor plan")
+
+
+def _settle(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """What the embedding's style gives is a view of a collective that may still run. A compiled block that takes it as
+    it is, or as its wait() gives it, loses the embedding's gradient without an error, and FSDP warns of views. The
+    result of an operation on it is a plain tensor."""
+    return output + 0
 
 
 def enable_async(mesh: DeviceMesh) -> None:

@@ -1,0 +1,113 @@
+"""Combinations of recipe, mesh and model that cannot work: refused with the value and a mend that works."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_recipe
+from torchtitan_lite.errors import UserError
+from torchtitan_lite.preflight import JobPlan, plan_job
+
+P = "--parallelism."
+TP, CP, PP = f"{P}tensor_parallel_degree=", f"{P}context_parallel_degree=", f"{P}pipeline_parallel_degree="
+ULYSSES = f"{P}context_parallel_rotate_method=alltoall"
+ZBV = f"{P}pipeline_parallel_schedule=ZBVZeroBubble"
+SEQ = "--training.seq_len="
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    model = {"spec": "tests.tiny:DEEP_LLAMA", "flavor": "untied"}
+    return write_recipe(tmp_path / "deep.toml", tmp_path / "corpus", tmp_path / "cache", model=model)
+
+
+def _plan(recipe: Path, ranks: int, *overrides: str) -> JobPlan:
+    return plan_job(recipe, overrides, ranks)
+
+
+# Ranks, overrides, what the line says, overrides that mend it. DEEP_LLAMA: 8 heads, 4 key heads, 8 layers.
+REFUSED = [
+    (3, (f"{TP}3",), r"tensor_parallel_degree = 3 does not divide n_heads = 8.*valid: 1, 2, 4$", (f"{TP}1",)),
+    (8, (f"{TP}8",), r"tensor_parallel_degree = 8 does not divide n_kv_heads = 4", (f"{TP}4",)),
+    (2, (f"{TP}2", f"{SEQ}33"), r"seq_len = 33 does not divide over .*nearest: 32 or 34", (f"{TP}2", f"{SEQ}34")),
+    (2, (f"{CP}2", f"{SEQ}34"), r"seq_len = 34 .*two pieces.*nearest: 32 or 36", (f"{CP}2", f"{SEQ}36")),
+    (2, (f"{CP}2", f"{SEQ}33", ULYSSES), r"seq_len = 33.*nearest: 32 or 34", (f"{CP}2", f"{SEQ}34", ULYSSES)),
+    (8, (f"{CP}4", f"{TP}2", f"{SEQ}36"), r"seq_len = 36.*nearest: 32 or 40", (f"{CP}4", f"{TP}2", f"{SEQ}40")),
+    (3, (f"{CP}3", f"{SEQ}36", ULYSSES), r"degree = 3 .*divide the 8 query heads and 4 key.*valid: 1, 2, 4, 8", ()),
+    (
+        8,
+        (f"{CP}8", f"{TP}1", f"{SEQ}1024"),
+        r"seq_len = 1024 is longer than the 512 positions",
+        (f"{CP}8", f"{SEQ}512"),
+    ),
+    (9, (f"{PP}9",), r"makes 9 stages of 8 layers; .*use a degree of 8 or less", (f"{PP}1",)),
+    (
+        4,
+        (f"{PP}2", ZBV, f"{P}fsdp_reshard_after_forward=always"),
+        r'reshard_after_forward = "always" gives wrong gradients with ZBVZeroBubble',
+        (f"{PP}2", ZBV, f"{P}fsdp_reshard_after_forward=never"),
+    ),
+    (
+        2,
+        (f"{PP}2", ZBV, "--compile.enable=true"),
+        "does not work with ZBVZeroBubble",
+        (f"{PP}2", "--compile.enable=true"),
+    ),
+    (2, (f"{TP}2", f"{P}fsdp_reshard_after_forward=never"), "has no effect: no parameters are sharded", (f"{TP}2",)),
+    (2, (f"{PP}2", "--model.flavor=tied"), "deep_llama tied has no pipeline parallelism: its output", (f"{PP}2",)),
+    (2, (f"{P}expert_parallel_degree=2",), "expert parallelism is not built yet", ()),
+    (3, (f"{TP}2",), "3 ranks cannot be shared out.*use a multiple of 2 ranks", ()),
+]
+
+
+@pytest.mark.parametrize(("ranks", "overrides", "message", "mended"), REFUSED)
+def test_what_cannot_work_is_refused_with_a_mend_that_works(
+    recipe: Path, ranks: int, overrides: tuple[str, ...], message: str, mended: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError, match=message):
+        _plan(recipe, ranks, *overrides)
+    _plan(recipe, ranks, *mended)
+
+
+def test_every_degree_that_a_message_calls_valid_is(recipe: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        _plan(recipe, 3, f"{CP}3", f"{SEQ}48", ULYSSES)
+    degrees = re.search(r"valid: ([\d, ]+), or", str(caught.value))
+    assert degrees is not None
+    for degree in degrees[1].split(", "):
+        _plan(recipe, int(degree), f"{CP}{degree}", f"{SEQ}48", ULYSSES)
+
+
+def test_a_plan_without_a_technique_is_told_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from tests import tiny
+    from torchtitan_lite.distributed.plans import ParallelPlan
+
+    bare = replace(tiny.DEEP_LLAMA, plan=lambda args: ParallelPlan(fsdp_units=(("layers.*",),)))
+    monkeypatch.setattr(tiny, "DEEP_LLAMA", bare)
+    for technique in ("tensor", "context", "pipeline"):
+        with pytest.raises(UserError, match=f"has no {technique} parallelism: its plan does not say where"):
+            _plan(recipe, 2, f"{P}{technique}_parallel_degree=2")
+
+
+def test_what_has_no_effect_is_said(recipe: Path) -> None:
+    idle = {
+        ULYSSES: "rotate_method = alltoall has no effect while parallelism.context_parallel_degree = 1",
+        f"{P}disable_loss_parallel=true": "disable_loss_parallel = True has no effect while parallelism.tensor",
+        ZBV: "pipeline_parallel_schedule = ZBVZeroBubble has no effect while parallelism.pipeline_parallel_degree = 1",
+    }
+    for override, said in idle.items():
+        (warning,) = _plan(recipe, 2, override).warnings()
+        assert said in warning
+    assert _plan(recipe, 2, f"{CP}2", ULYSSES).warnings() == []
+    assert _plan(recipe, 2).warnings() == []
+
+
+def test_fewer_micro_batches_than_stages_are_warned_of_with_the_bubble(recipe: Path) -> None:
+    plan = _plan(recipe, 4, f"{PP}4", "--training.global_batch_size=2")
+    assert (plan.batch.microbatches, plan.batch.microbatch_size) == (4, 1)
+    (warning,) = plan.warnings()
+    assert "2 micro-batches for 4 pipeline stages: 71% of each rank's time" in warning
+    assert _plan(recipe, 4, f"{PP}4").warnings() == []
