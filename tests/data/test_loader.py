@@ -1,5 +1,6 @@
 """Samples from shards, and a step's micro-batches as a function of position, rank and ranks."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,6 +46,34 @@ def test_labels_are_the_next_tokens_and_empty_rows_have_no_weight(store: SampleS
     assert batch.labels[0].tolist() == [9, 10, 11, 12]
     assert torch.equal(batch.labels[:2, :-1], batch.tokens[:2, 1:])
     assert batch.labels[2].tolist() == [IGNORE] * SEQ_LEN
+
+
+def test_documents_are_numbered_within_a_sample_from_begin_tokens(prepared: Prepared) -> None:
+    # Token 9 begins documents: sample 2 is 8 9 10 11, sample 3 begins in the middle of one.
+    masked = SampleStore(replace(prepared, bos_id=9), prepared.train, SEQ_LEN, document_mask=True)
+    batch = masked.batch([2, 3], 3)
+    assert batch.documents is not None
+    assert batch.documents.dtype == torch.int64
+    assert batch.documents.tolist() == [[0, 1, 1, 1], [0] * SEQ_LEN, [0] * SEQ_LEN]
+    # A sample that opens with the token holds no document 0; its last token, a label only, opens none.
+    for first, bos, numbers in ((2, 8, [1, 1, 1, 1]), (2, 12, [0, 0, 0, 0]), (2, 11, [0, 0, 0, 1])):
+        store = SampleStore(replace(prepared, bos_id=bos), prepared.train, SEQ_LEN, document_mask=True)
+        documents = store.batch([first], 1).documents
+        assert documents is not None
+        assert documents.tolist() == [numbers]
+
+
+def test_every_begin_token_of_a_sample_starts_another_document(prepared: Prepared) -> None:
+    tokens = [5, 7, 1, 7, 7, 2, 3, 4, 7]
+    np.asarray(tokens, dtype="<u2").tofile(prepared.folder / "few.bin")
+    split = Split(("few.bin",), len(tokens), 4)
+    batch = SampleStore(replace(prepared, bos_id=7), split, 8, document_mask=True).batch([0], 1)
+    assert batch.documents is not None
+    assert batch.documents.tolist() == [[0, 1, 1, 2, 3, 3, 3, 3]]
+
+
+def test_documents_are_numbered_only_where_attention_asks(store: SampleStore) -> None:
+    assert store.batch([0, 1], 2).documents is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -1,5 +1,6 @@
 """Degrees fill the world size exactly, or say which would."""
 
+from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -103,6 +104,51 @@ def test_ranks_that_differ_in_shard_or_copy_read_different_samples_and_no_others
     coordinates = product(*(range(degree) for degree in dims.degrees.values()))
     for rank, (_, replicate, shard, _, _) in enumerate(coordinates):
         assert dims.batch_rank(rank) == replicate * 3 + shard
+
+
+@pytest.fixture
+def sixteen_ranks() -> Iterator[None]:
+    """A process group of 16 that moves nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"dp_shard": 16},
+        {"dp_replicate": 4, "dp_shard": 4},
+        {"dp_replicate": 2, "dp_shard": 2, "tp": 4},
+        {"dp_shard": 4, "cp": 2, "tp": 2},
+        {"pp": 2, "dp_replicate": 2, "dp_shard": 2, "tp": 2},
+        {"pp": 2, "dp_shard": 2, "cp": 2, "tp": 2},
+        {"pp": 2, "dp_replicate": 2, "cp": 2, "tp": 2},
+        {"pp": 4, "cp": 4},
+    ],
+    ids=str,
+)
+def test_a_rank_stands_where_the_device_mesh_has_it(sixteen_ranks: None, degrees: dict[str, int]) -> None:
+    from torchtitan_lite.distributed.mesh import build_mesh
+
+    dims = ParallelDims(**{"dp_replicate": 1, "dp_shard": 1, **degrees})
+    mesh = build_mesh(dims, "cpu")
+    readers: dict[int, set[tuple[int, int]]] = {}
+    for rank in range(16):
+        at = dims.coordinate(rank)
+        assert list(at) == list(reversed(AXES))
+        ((*expected,),) = (mesh.mesh == rank).nonzero().tolist()
+        assert [at[axis] for axis in mesh.mesh_dim_names or ()] == expected
+        assert all(at[axis] == 0 for axis, degree in dims.degrees.items() if degree == 1)
+        readers.setdefault(dims.batch_rank(rank), set()).add((at["dp_replicate"], at["dp_shard"]))
+    # A batch rank is a place on the data axes, and every such place one.
+    assert sorted(readers) == list(range(dims.batch_ranks))
+    assert [sorted(places) for _, places in sorted(readers.items())] == [
+        [place] for place in product(range(dims.dp_replicate), range(dims.dp_shard))
+    ]
 
 
 def test_without_other_axes_a_rank_is_its_own_batch_rank() -> None:

@@ -85,6 +85,8 @@ def _mistakes(tmp_path: Path, corpus: Path, cache: Path) -> dict[str, tuple[list
     (tmp_path / "empty").mkdir()
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
     (tmp_path / "file").write_text("in the way")
+    keys = ("tensor_parallel_degree=2", "enable_async_tensor_parallel=true")
+    asynchronous = [f"--parallelism.{key}" for key in keys]
     return {
         "missing recipe": ([str(tmp_path / "goood.toml")], {}, r"no such recipe; did you mean good.toml\?"),
         "malformed TOML": ([str(tmp_path / "broken.toml")], {}, r"broken.toml: not valid TOML: .*line 2"),
@@ -94,8 +96,7 @@ def _mistakes(tmp_path: Path, corpus: Path, cache: Path) -> dict[str, tuple[list
         "not yet": ([good, "--parallelism.expert_parallel_degree=2"], {"NPROC": "2"}, r"not built yet; set it to 1"),
         "heads": ([good, "--parallelism.tensor_parallel_degree=3"], {"NPROC": "3"}, r"does not divide n_heads"),
         "no GPU": (
-            [good, "--parallelism.tensor_parallel_degree=2", "--compile.enable=true"]
-            + ["--parallelism.enable_async_tensor_parallel=true"],
+            [good, *asynchronous, "--compile.enable=true"],
             {"NPROC": "2", "CUDA_VISIBLE_DEVICES": ""},
             r"needs CUDA's symmetric memory, and this machine has no accelerator; set it to false",
         ),

@@ -86,6 +86,7 @@ CONTEXT = [
     _case(8, cp=4, tp=2, method="alltoall"),
     _case(8, QWEN, shard=2, cp=2, tp=2),
     _case(8, replicate=2, shard=2, cp=2),
+    _case(8, QWEN, replicate=2, shard=1, cp=2, tp=2),
 ]
 PIPELINE = [
     *(_case(2, pp=2, schedule=name) for name in ("1F1B", "GPipe", "Interleaved1F1B", "LoopedBFS")),
@@ -109,6 +110,8 @@ PIPELINE = [
     _case(8, pp=2, cp=2, tp=2, schedule="InterleavedZeroBubble"),
     _case(8, QWEN, shard=2, pp=4, schedule="DualPipeV"),
     _case(8, replicate=2, shard=2, pp=2, offload=True),
+    _case(8, replicate=2, shard=1, pp=2, tp=2, schedule="GPipe"),
+    _case(8, QWEN, replicate=2, shard=1, pp=2, cp=2, method="alltoall"),
 ]
 COMPILED = [
     _case(2, compiled=True, backend="aot_eager"),
