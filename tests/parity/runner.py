@@ -3,6 +3,7 @@
 Losses, gradient norms and, from the optimizer's doorstep, every parameter's gradient of the first step.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -137,6 +138,8 @@ def _train(
     recipe: str, arguments: list[str], steps: int, within: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[list[float], list[float], float, dict[str, torch.Tensor]]:
     """This rank's part of the loss of each step, the norms, the validation loss, the gradients it answers for."""
+    # Whole gradients are put together here and nowhere else; how many collectives that takes does not matter.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     with within():
         return _trained(recipe, arguments, steps)
 
