@@ -84,7 +84,8 @@ def _spread(recipe: Recipe, module: nn.Module, mesh: DeviceMesh, device: torch.d
     tensor, context = axis(mesh, "tp"), axis(mesh, "cp")
     # Wraps attention, which has no parameters: before the others see the modules that are there in the end.
     if context is not None and plan.context is not None:
-        apply_context_parallel(module, context, plan.context, config.parallelism.context_parallel_rotate_method)
+        method, seq_len = config.parallelism.context_parallel_rotate_method, config.training.seq_len
+        apply_context_parallel(module, context, plan.context, method, seq_len)
     # Splits matrices, before FSDP shards what is left of them.
     if tensor is not None and plan.tensor is not None:
         if config.parallelism.enable_async_tensor_parallel:

@@ -79,10 +79,12 @@ def test_whole_gradients_are_reduced_once_a_step_and_freed_ones_in_each_micro_ba
             assert counts["reduce_scatter"] == reductions, policy
 
 
-def test_parameters_that_are_kept_are_gathered_once_and_freed_ones_twice(pool: RankPool, recipe: str) -> None:
+def test_parameters_that_are_kept_are_gathered_once_a_step_and_freed_ones_twice_a_micro_batch(
+    pool: RankPool, recipe: str
+) -> None:
     # The last unit's backward follows its forward at once: it is kept in any case.
-    for policy, gathers in (("never", UNITS), ("always", 2 * UNITS - 1)):
-        for counts, _ in pool.run(_counted, 2, recipe, [_RESHARD + policy], 1):
+    for policy, gathers in (("never", UNITS), ("always", 3 * (2 * UNITS - 1))):
+        for counts, _ in pool.run(_counted, 2, recipe, [_RESHARD + policy], 3):
             assert counts["all_gather"] == gathers, policy
 
 

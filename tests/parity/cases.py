@@ -27,9 +27,11 @@ _KEYS = {
     "compiled": "compile.enable",
     "backend": "compile.backend",
 }
+_WORDS = {"training.global_batch_size": "batch {}", "data.document_mask": "no document mask"}
 LLAMA, QWEN, GPT = "DEEP_LLAMA/untied", "DEEP_QWEN/untied", "SMALL_GPT/untied"
 _ODD = {"training.global_batch_size": 7}  # no rank count but 1 and 7 divides it
 _FEW = {"training.global_batch_size": 2}
+_NO_MASK = {"data.document_mask": False}  # attention then takes kernels of its own
 _CSV = str(Path(__file__).parent / "pp2.csv")
 _PARTS = [["tok_embeddings", "layers.0"], [f"layers.{index}" for index in range(1, 8)] + ["norm", "output"]]
 
@@ -38,7 +40,7 @@ def _case(ranks: int, model: str = LLAMA, recipe: dict[str, Any] | None = None, 
     words = [f"{key} {value}" for key, value in overrides.items() if key not in ("csv", "parts", "backend")]
     if "csv" in overrides or "parts" in overrides:
         words.append("as named" if "parts" in overrides else "from a file")
-    words += [f"batch {value}" for value in (recipe or {}).values()]
+    words += [_WORDS.get(key, "{}").format(value) for key, value in (recipe or {}).items()]
     words = words or [f"shard {ranks}"]
     named = {_KEYS[key]: value for key, value in overrides.items()}
     return Case(", ".join(words), ranks, named, model, recipe or {})
@@ -86,6 +88,8 @@ CONTEXT = [
     _case(8, cp=4, tp=2, method="alltoall"),
     _case(8, QWEN, shard=2, cp=2, tp=2),
     _case(8, replicate=2, shard=2, cp=2),
+    _case(2, recipe=_NO_MASK, cp=2),
+    _case(2, QWEN, recipe=_NO_MASK, cp=2, method="alltoall"),
     _case(8, QWEN, replicate=2, shard=1, cp=2, tp=2),
 ]
 PIPELINE = [
@@ -117,6 +121,7 @@ COMPILED = [
     _case(2, compiled=True, backend="aot_eager"),
     _case(2, compiled=True, tp=2, backend="aot_eager"),
     _case(2, QWEN, compiled=True, cp=2, backend="aot_eager"),
+    _case(2, recipe=_NO_MASK, compiled=True, cp=2, backend="aot_eager"),
     _case(4, compiled=True, pp=2, tp=2, backend="aot_eager"),
 ]
 OUTSIDE = [

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention.bias import causal_lower_right
 
 from torchtitan_lite.distributed.collectives import exchange, gather
 from torchtitan_lite.distributed.plans import ContextPlan
@@ -41,12 +42,16 @@ class SequenceShare:
         return torch.arange(seq_len) if self.method == "alltoall" else self.positions(seq_len)
 
 
-def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, plan: ContextPlan, method: str) -> None:
-    """Wrap every attention that `plan` names, in place; `mesh` has the one axis of ranks that share a sequence."""
-    wrapper = _Exchanged if method == "alltoall" else _Gathered
+def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, plan: ContextPlan, method: str, seq_len: int) -> None:
+    """Wrap every attention that `plan` names, in place; `mesh` has the one axis of ranks that share a sequence.
+
+    method: parallelism.context_parallel_rotate_method. seq_len: of the whole sequence.
+    """
+    group = mesh.get_group()
     for name, module in list(model.named_modules()):
         if matches(name, plan.attention):
-            model.set_submodule(name, wrapper(module, mesh.get_group()))
+            wrapped = _Exchanged(module, group) if method == "alltoall" else _Gathered(module, group, seq_len)
+            model.set_submodule(name, wrapped)
 
 
 def document_mask(documents_BS: Tensor, queries_L: Tensor) -> Tensor:
@@ -62,22 +67,25 @@ def document_mask(documents_BS: Tensor, queries_L: Tensor) -> Tensor:
 class _Gathered(nn.Module):
     """Attention over gathered keys and values, from the two pieces of the sequence that are this rank's."""
 
-    def __init__(self, core: nn.Module, group: dist.ProcessGroup) -> None:
+    def __init__(self, core: nn.Module, group: dist.ProcessGroup, seq_len: int) -> None:
         super().__init__()
-        self.core, self.group = core, group
+        rank, ranks = group.rank(), group.size()
+        self.core, self.group, self.piece = core, group, seq_len // (2 * ranks)
+        # A piece needs no key behind its own end: this is what evens out the cost.
+        self.ends = [(index + 1) * self.piece for index in (rank, 2 * ranks - 1 - rank)]
+        # Made here: it cannot be under the modes that selective checkpointing and counters run in.
+        self.biases = [causal_lower_right(self.piece, end) for end in self.ends]
 
     def forward(self, q_BLHE: Tensor, k_BLKE: Tensor, v_BLKE: Tensor, mask: Tensor | None) -> Tensor:
-        rank, ranks, piece = self.group.rank(), self.group.size(), q_BLHE.shape[1] // 2
         # One collective for keys and values. The ranks' first pieces are in order, their second ones in reverse.
         parts_N2BLKE = gather(torch.stack((k_BLKE, v_BLKE)), self.group)
-        first, second = parts_N2BLKE.split(piece, dim=3)
+        first, second = parts_N2BLKE.split(self.piece, dim=3)
         k_BSKE, v_BSKE = torch.cat((*first.unbind(0), *second.flip(0).unbind(0)), dim=2).unbind(0)
         out = []
-        # A piece needs no key behind its own end: this is what evens out the cost.
-        for index, start in ((rank, 0), (2 * ranks - 1 - rank, piece)):
-            rows, seen = slice(start, start + piece), (index + 1) * piece
-            part = None if mask is None else mask[:, :, rows, :seen]
-            out.append(self.core(q_BLHE[:, rows], k_BSKE[:, :seen], v_BSKE[:, :seen], part))
+        for start, end, bias in zip((0, self.piece), self.ends, self.biases, strict=True):
+            rows = slice(start, start + self.piece)
+            part = bias if mask is None else mask[:, :, rows, :end]
+            out.append(self.core(q_BLHE[:, rows], k_BSKE[:, :end], v_BSKE[:, :end], part))
         return torch.cat(out, dim=1)
 
 

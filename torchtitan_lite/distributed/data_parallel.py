@@ -68,6 +68,8 @@ def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
     # In this order: the first sets what the second then narrows.
     model.set_requires_gradient_sync(last or not whole)
     model.set_requires_all_reduce(last)
+    # Kept through the step's backwards too, or the next micro-batch would gather them again.
+    model.set_reshard_after_backward(last or not whole)
 
 
 def _prefetch(units: list[nn.Module]) -> None:

@@ -6,28 +6,22 @@ a rank's heads; between modules D-wide states then hold a rank's part of the seq
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 from torchtitan_lite.models.common.rope import apply_rope
 
 
 class DotProductAttention(nn.Module):
-    """Causal attention of queries that are the last ones of the keys' sequence; no parameters.
-
-    A module of its own, so that context parallelism has something to wrap.
-    """
+    """Causal attention; no parameters. A module of its own, so that context parallelism has something to wrap."""
 
     def forward(self, q_BLHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, L, H, E] from queries of L positions and keys of S >= L. mask: bool [B, 1, L, S], causality included,
-        True where a query sees a key; None is causal over the whole sequence."""
-        square = q_BLHE.shape[1] == k_BSKE.shape[1]
-        bias = causal_lower_right(q_BLHE.shape[1], k_BSKE.shape[1]) if mask is None and not square else mask
+        """[B, L, H, E] from queries of L positions and keys of S. mask: bool [B, 1, L, S], causality included, True
+        where a query sees a key; or a CausalBias of torch.nn.attention; None is causal, for L = S."""
         out_BHLE = F.scaled_dot_product_attention(
             q_BLHE.transpose(1, 2),
             k_BSKE.transpose(1, 2),
             v_BSKE.transpose(1, 2),
-            attn_mask=bias,
-            is_causal=mask is None and square,
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=q_BLHE.shape[2] != k_BSKE.shape[2],
         )
         return out_BHLE.transpose(1, 2)
