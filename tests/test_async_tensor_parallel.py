@@ -79,4 +79,5 @@ def test_the_graph_changes_on_cuda(pool: RankPool, recipe: Path) -> None:
 
 
 def test_the_compiler_fuses_collectives_and_products_of_a_block(pool: RankPool, recipe: Path) -> None:
+    assert _fused(pool, recipe, "cpu", False) == set()
     assert _fused(pool, recipe, "cpu", True) == {"fused_all_gather_matmul", "fused_matmul_reduce_scatter"}

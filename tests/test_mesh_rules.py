@@ -34,6 +34,13 @@ REFUSED = [
     (2, (f"{CP}2", f"{SEQ}34"), r"seq_len = 34 .*two pieces.*nearest: 32 or 36", (f"{CP}2", f"{SEQ}36")),
     (2, (f"{CP}2", f"{SEQ}33", ULYSSES), r"seq_len = 33.*nearest: 32 or 34", (f"{CP}2", f"{SEQ}34", ULYSSES)),
     (8, (f"{CP}4", f"{TP}2", f"{SEQ}36"), r"seq_len = 36.*nearest: 32 or 40", (f"{CP}4", f"{TP}2", f"{SEQ}40")),
+    (8, (f"{CP}2", f"{TP}4", f"{SEQ}36"), r"seq_len = 36.*nearest: 32 or 40", (f"{CP}2", f"{TP}4", f"{SEQ}40")),
+    (
+        16,
+        (f"{CP}8", f"{TP}2", f"{SEQ}48", ULYSSES),
+        r"degree = 8 .*divide the 4 query heads and 2 key heads that a rank.*valid: 1, 2, 4, or the method",
+        (f"{CP}4", f"{TP}2", f"{SEQ}48", ULYSSES),
+    ),
     (3, (f"{CP}3", f"{SEQ}36", ULYSSES), r"degree = 3 .*divide the 8 query heads and 4 key.*valid: 1, 2, 4, 8", ()),
     (
         8,
@@ -54,7 +61,7 @@ REFUSED = [
         "does not work with ZBVZeroBubble",
         (f"{PP}2", "--compile.enable=true"),
     ),
-    (2, (f"{TP}2", f"{P}fsdp_reshard_after_forward=never"), "has no effect: no parameters are sharded", (f"{TP}2",)),
+    (2, (f"{TP}2", f"{P}fsdp_reshard_after_forward=never"), "no parameters are sharded", (f"{TP}2",)),
     (2, (f"{PP}2", "--model.flavor=tied"), "deep_llama tied has no pipeline parallelism: its output", (f"{PP}2",)),
     (2, (f"{P}expert_parallel_degree=2",), "expert parallelism is not built yet", ()),
     (3, (f"{TP}2",), "3 ranks cannot be shared out.*use a multiple of 2 ranks", ()),
@@ -87,13 +94,18 @@ def test_a_plan_without_a_technique_is_told_so(recipe: Path, monkeypatch: pytest
 
     bare = replace(tiny.DEEP_LLAMA, plan=lambda args: ParallelPlan(fsdp_units=(("layers.*",),)))
     monkeypatch.setattr(tiny, "DEEP_LLAMA", bare)
+    bare_units = replace(tiny.DEEP_LLAMA, plan=lambda args: ParallelPlan(fsdp_units=(("norm",),)))
     for technique in ("tensor", "context", "pipeline"):
         with pytest.raises(UserError, match=f"has no {technique} parallelism: its plan does not say where"):
             _plan(recipe, 2, f"{P}{technique}_parallel_degree=2")
+    monkeypatch.setattr(tiny, "DEEP_LLAMA", bare_units)
+    with pytest.raises(UserError, match=r"compile.enable = true compiles blocks, and the plan .* names none"):
+        _plan(recipe, 2, "--compile.enable=true")
 
 
 def test_what_has_no_effect_is_said(recipe: Path) -> None:
     idle = {
+        "--compile.backend=eager": "compile.backend = eager has no effect while compile.enable = false",
         ULYSSES: "rotate_method = alltoall has no effect while parallelism.context_parallel_degree = 1",
         f"{P}disable_loss_parallel=true": "disable_loss_parallel = True has no effect while parallelism.tensor",
         ZBV: "pipeline_parallel_schedule = ZBVZeroBubble has no effect while parallelism.pipeline_parallel_degree = 1",

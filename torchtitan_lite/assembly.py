@@ -121,11 +121,11 @@ def _frees_parameters(recipe: Recipe) -> bool:
 def _edges(recipe: Recipe, stage: int) -> tuple[Tensor, Tensor]:
     """What goes into a stage and comes out of it for one micro-batch, on meta."""
     training, dims = recipe.config.training, recipe.dims
-    rows = (recipe.config.parallelism.pipeline_parallel_microbatch_size, training.seq_len // dims.cp)
+    assert recipe.pipeline is not None
+    rows = (recipe.pipeline.microbatch_size, training.seq_len // dims.cp)
     tokens = torch.empty(rows, dtype=torch.int64, device="meta")
     dtype = getattr(torch, training.mixed_precision_param)
     # With a gradient: that is how torch learns that one comes back.
     hidden = torch.empty((rows[0], rows[1] // dims.tp, recipe.args.dim), dtype=dtype, device="meta", requires_grad=True)
-    assert recipe.pipeline is not None
-    # The last stage's output stays where it is; its shape is not asked for.
-    return tokens if stage == 0 else hidden, hidden
+    logits = torch.empty((*rows, recipe.args.vocab_size), dtype=dtype, device="meta", requires_grad=True)
+    return tokens if stage == 0 else hidden, logits if stage == len(recipe.pipeline.stages) - 1 else hidden

@@ -5,10 +5,10 @@ Rules of the recipe alone stand in config/rules.py. No torch.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, lcm
 
 from torchtitan_lite.config.schema import JobConfig
-from torchtitan_lite.distributed.parallel_dims import ParallelDims
+from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.distributed.plans import ParallelPlan
 from torchtitan_lite.errors import UserError
@@ -44,7 +44,7 @@ def tensor_degree_divides_the_model(case: Case) -> None:
         if size % case.dims.tp:
             raise UserError(
                 f"parallelism.tensor_parallel_degree = {case.dims.tp} does not divide {name} = {size} of {case.model}; "
-                f"valid: {_divisors(gcd(*sizes.values()))}"
+                f"valid: {divisors(gcd(*sizes.values()))}"
             )
 
 
@@ -60,7 +60,7 @@ def sequence_divides_over_its_ranks(case: Case) -> None:
     balanced = cp > 1 and case.config.parallelism.context_parallel_rotate_method == "allgather"
     parts, shown = tp * cp, f"tensor_parallel_degree {tp} x context_parallel_degree {cp}"
     if balanced:  # two pieces a rank, each of which tensor parallelism may cut through
-        parts, shown = cp * _common_multiple(2, tp), f"{shown}, in two pieces a context-parallel rank"
+        parts, shown = cp * lcm(2, tp), f"{shown}, in two pieces a context-parallel rank"
     if seq_len % parts:
         raise UserError(
             f"training.seq_len = {seq_len} does not divide over {shown}; nearest: {_nearest_multiples(seq_len, parts)}"
@@ -99,12 +99,20 @@ def split_backward_is_not_compiled(case: Case) -> None:
         )
 
 
+def compile_needs_blocks(case: Case) -> None:
+    if case.config.compile.enable and not any(unit[0].endswith(".*") for unit in case.plan.fsdp_units):
+        raise UserError(
+            f"compile.enable = true compiles blocks, and the plan of {case.model} names none (as layers.* in "
+            "fsdp_units); set it to false"
+        )
+
+
 def reshard_needs_shards(case: Case) -> None:
     policy = case.config.parallelism.fsdp_reshard_after_forward
     if policy != "default" and case.dims.dp_shard * case.dims.cp == 1:
         raise UserError(
-            f'parallelism.fsdp_reshard_after_forward = "{policy}" has no effect: no parameters are sharded on '
-            f'{case.dims}; leave it at "default"'
+            f'parallelism.fsdp_reshard_after_forward = "{policy}": no parameters are sharded on {case.dims}, there is '
+            'nothing to gather again; leave it at "default"'
         )
 
 
@@ -116,6 +124,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     heads_divide_over_context_ranks,
     split_backward_needs_whole_parameters,
     split_backward_is_not_compiled,
+    compile_needs_blocks,
     reshard_needs_shards,
 )
 
@@ -137,26 +146,21 @@ def without_effect(config: JobConfig) -> list[str]:
             ),
         ),
     )
-    return [
+    idle = [
         f"parallelism.{key} = {getattr(parallelism, key)} has no effect while parallelism.{degree} = 1"
         for degree, keys in needs
         for key in keys
         if getattr(parallelism, degree) == 1 and getattr(parallelism, key) != getattr(defaults, key)
     ]
+    if not config.compile.enable and config.compile.backend != type(config.compile)().backend:
+        idle.append(f"compile.backend = {config.compile.backend} has no effect while compile.enable = false")
+    return idle
 
 
 def _exchanges_heads(heads: int, kv_heads: int, ranks: int) -> bool:
     return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
 
 
-def _common_multiple(a: int, b: int) -> int:
-    return a * b // gcd(a, b)
-
-
 def _nearest_multiples(number: int, step: int) -> str:
     below = number // step * step
     return f"{below} or {below + step}" if below else str(step)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

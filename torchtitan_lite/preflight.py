@@ -98,8 +98,7 @@ def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> J
     if dims.pp > 1 and parallel.stages:
         most = len(batch.share(0))
         pipeline = plan_pipeline(config.parallelism, args.flops_by_module(config.training.seq_len), most)
-        size = config.parallelism.pipeline_parallel_microbatch_size
-        batch = replace(batch, microbatches=pipeline.microbatches, microbatch_size=size)
+        batch = replace(batch, microbatches=pipeline.microbatches, microbatch_size=pipeline.microbatch_size)
     case = Case(config, dims, f"{spec.name} {config.model.flavor}", args.max_seq_len, parallel, pipeline)
     for rule in RULES:
         rule(case)

@@ -42,7 +42,7 @@ class StagedModel(TrainableModel):
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         self._divisor = self.valid_tokens(batches)
-        return self._run(self._schedule.step, batches)
+        return self.reported(self._run(self._schedule.step, batches))
 
     def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         self._divisor = torch.ones_like(self._divisor)
@@ -60,10 +60,11 @@ class StagedModel(TrainableModel):
         tokens = (self.part_of(torch.cat([batch.tokens for batch in batches])),) if self._first else ()
         labels = self.part_of(torch.cat([batch.labels for batch in batches])) if self._last else None
         documents = [batch.documents for batch in batches if batch.documents is not None]
-        given = {"documents": torch.cat(documents)} if documents else {}
+        # Moved here: FSDP would move it too, from memory that is not pinned.
+        given = {"documents": self.on_device(torch.cat(documents))} if documents else {}
         losses: list[Tensor] = []
         call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
-        if not losses or not self.place.reports:
+        if not losses:
             return torch.zeros((), device=self.place.device)
         return torch.stack(losses).detach().sum()
 

@@ -66,7 +66,7 @@ class TrainableModel(ABC):
                 yield batch
 
         for loss in self.loss_sums(counted()):
-            sums[0] += loss if self.place.reports else 0.0
+            sums[0] += self.reported(loss)
         dist.all_reduce(sums)
         return sums[0] / sums[1]
 
@@ -82,18 +82,22 @@ class TrainableModel(ABC):
 
     def part_of(self, rows: Tensor) -> Tensor:
         """This rank's positions of whole sequences [batch, seq], on its device."""
-        return self._on_device(rows if self._whole else rows[:, self._rows])
+        return self.on_device(rows if self._whole else rows[:, self._rows])
 
     def arguments(self, documents: Tensor | None) -> dict[str, Tensor | None]:
         """What a model's forward takes beside tokens; documents: whole sequences [batch, seq]."""
-        mask = None if documents is None else document_mask(self._on_device(documents), self._queries)
+        mask = None if documents is None else document_mask(self.on_device(documents), self._queries)
         return {"positions_L": self._positions, "mask": mask}
 
-    def _on_device(self, host: Tensor) -> Tensor:
-        if self.place.device.type == "cpu":
+    def on_device(self, host: Tensor) -> Tensor:
+        if host.device.type == self.place.device.type:
             return host
         # Only a copy from pinned memory leaves the host free to go on.
         return host.pin_memory().to(self.place.device, non_blocking=True)
+
+    def reported(self, loss: Tensor) -> Tensor:
+        """This rank's part of a sum over all ranks: zero where another one has the same loss."""
+        return loss if self.place.reports else torch.zeros_like(loss)
 
     def valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
         """Tokens with a label in the global batch: int64 scalar; a float32 would round sums above 2^24."""
@@ -120,7 +124,7 @@ class WholeModel(TrainableModel):
             loss = self._loss_sum(batch) / valid
             loss.backward()
             total += loss.detach()
-        return total if self.place.reports else torch.zeros_like(total)
+        return self.reported(total)
 
     def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         return (self._loss_sum(batch) for batch in batches)

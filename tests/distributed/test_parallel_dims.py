@@ -136,6 +136,8 @@ def test_a_rank_stands_where_the_device_mesh_has_it(sixteen_ranks: None, degrees
 
     dims = ParallelDims(**{"dp_replicate": 1, "dp_shard": 1, **degrees})
     mesh = build_mesh(dims, "cpu")
+    longer = {axis for axis, degree in dims.degrees.items() if degree > 1}
+    assert mesh.mesh_dim_names == tuple(axis for axis in AXES if axis in longer | {"dp_shard"})
     readers: dict[int, set[tuple[int, int]]] = {}
     for rank in range(16):
         at = dims.coordinate(rank)

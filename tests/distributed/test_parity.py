@@ -9,7 +9,8 @@ import pytest
 
 from tests.parity.__main__ import parity_corpus
 from tests.parity.cases import BFLOAT16, CASES
-from tests.parity.mutants import MUTANTS, Mutant
+from tests.parity.mutant import Mutant
+from tests.parity.mutants import MUTANTS
 from tests.parity.mutate import caught_by
 from tests.parity.runner import BF16_LIMITS, LIMITS, Case, Result, base_recipe, compare, exceeded, run_case
 from tests.ranks import RankPool
@@ -64,10 +65,10 @@ _KINDS = (
 
 @pytest.mark.parametrize("name", _KINDS)
 def test_the_comparison_catches_a_bug(alone: Alone, name: str) -> None:
-    assert caught_by(alone.pool, alone.recipe, _mutant(name), {})
+    assert caught_by(alone.pool, alone.recipe, mutant_named(name), {})
 
 
-def _mutant(name: str) -> Mutant:
+def mutant_named(name: str) -> Mutant:
     (found,) = [mutant for mutant in MUTANTS if mutant.apply.__name__ == name]
     return found
 

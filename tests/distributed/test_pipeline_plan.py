@@ -1,5 +1,6 @@
 """The cut into stages, their places, and how many micro-batches a schedule takes."""
 
+import random
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -44,6 +45,14 @@ def _costs(flops: dict[str, float], sizes: list[int]) -> list[float]:
     return costs
 
 
+def _cuts(layers: int, stages: int) -> list[list[int]]:
+    """Layers of each stage, in every way there is."""
+    return [
+        [end - start for start, end in zip((0, *cuts), (*cuts, layers), strict=True)]
+        for cuts in combinations(range(1, layers), stages - 1)
+    ]
+
+
 @pytest.mark.parametrize("output", [0.0, 7.0, 45.0])
 @pytest.mark.parametrize(("layers", "stages"), [(1, 1), (5, 1), (5, 5), (6, 2), (7, 3), (9, 4), (10, 8)])
 def test_no_cut_has_a_cheaper_most_costly_stage(layers: int, stages: int, output: float) -> None:
@@ -51,16 +60,27 @@ def test_no_cut_has_a_cheaper_most_costly_stage(layers: int, stages: int, output
     sizes = split_by_cost(flops, stages)
     assert sum(sizes) == layers
     assert min(sizes) >= 1
-    every = [
-        [end - start for start, end in zip((0, *cuts), (*cuts, layers), strict=True)]
-        for cuts in combinations(range(1, layers), stages - 1)
-    ]
+    every = _cuts(layers, stages)
 
     def key(cut: list[int]) -> tuple[float, float]:
         costs = _costs(flops, cut)
         return max(costs), sum(cost * cost for cost in costs)
 
     assert key(sizes) == pytest.approx(min(map(key, every)))
+
+
+# Of the last ones, the cut with the smallest squares has a dearer most costly stage.
+@pytest.mark.parametrize("seed", [*range(20), 130, 150, 171])
+def test_no_cut_of_layers_of_any_cost_has_a_cheaper_most_costly_stage(seed: int) -> None:
+    draw = random.Random(seed)
+    layers = draw.randint(2, 9)
+    stages = draw.randint(1, layers)
+    costs = {f"layers.{index}": float(draw.randint(1, 20)) for index in range(layers)}
+    flops = {"tok_embeddings": 0.0, **costs, "norm": 1.0, "output": float(draw.randint(0, 30))}
+    found = split_by_cost(flops, stages)
+    assert (sum(found), len(found)) == (layers, stages)
+    assert min(found) >= 1
+    assert max(_costs(flops, found)) == min(max(_costs(flops, cut)) for cut in _cuts(layers, stages))
 
 
 def test_a_heavy_output_matrix_gets_fewer_layers_beside_it() -> None:
@@ -79,8 +99,9 @@ def test_what_stands_around_the_layers_joins_first_and_last_stage() -> None:
 def test_layers_per_stage_are_taken_as_they_are() -> None:
     plan = _plan(layers=7, schedule="Interleaved1F1B", pipeline_parallel_layers_per_stage=2)
     assert [sum("." in name for name in stage) for stage in plan.stages] == [2, 2, 2, 1]
-    with pytest.raises(UserError, match=r"3 stages on .*degree = 2: Interleaved1F1B runs 2 stages or more"):
+    with pytest.raises(UserError, match=r"3 stages on .*degree = 2: Interleaved1F1B runs 2 stages or more.*fit: 1, or"):
         _plan(layers=6, schedule="Interleaved1F1B", pipeline_parallel_layers_per_stage=2)
+    _plan(layers=6, schedule="Interleaved1F1B", pipeline_parallel_layers_per_stage=1)
 
 
 _PARTS = [["tok_embeddings", "layers.0"], ["layers.1", "norm", "output"]]
@@ -131,9 +152,19 @@ def test_empty_micro_batches_and_what_they_cost() -> None:
     assert (plan.microbatches, plan.padding) == (4, 1)
     assert plan.bubble() == pytest.approx(1 - 3 / (4 + 3))
     assert _plan(degree=4, samples=12).bubble() == pytest.approx(3 / 15)
+    # One micro-batch keeps one rank busy, whatever the schedule.
+    assert _plan(degree=2, samples=1, schedule="ZBVZeroBubble").bubble() == 0.5
     # Two stages a rank halve the time to fill.
     assert _plan(degree=2, samples=4, schedule="Interleaved1F1B").bubble() == pytest.approx(0.5 / 4.5)
-    assert _plan(samples=5, pipeline_parallel_microbatch_size=2).microbatches == 3
+    # Backwards in halves fill two thirds of what is left.
+    for schedule in ("ZBVZeroBubble", "InterleavedZeroBubble"):
+        assert _plan(degree=4, samples=8, schedule=schedule).bubble() == pytest.approx(0.5 / 8.5)
+
+
+def test_micro_batches_are_no_larger_than_what_there_is_to_put_in() -> None:
+    for samples, asked, microbatches, size in ((5, 2, 3, 2), (2, 64, 1, 2), (8, 5, 2, 4), (7, 3, 3, 3)):
+        plan = _plan(samples=samples, schedule="GPipe", pipeline_parallel_microbatch_size=asked)
+        assert (plan.microbatches, plan.microbatch_size) == (microbatches, size)
 
 
 def _accepts(schedule: str, count: int, ranks: int) -> bool:
@@ -188,6 +219,7 @@ def test_a_schedule_from_a_file(from_file: Any) -> None:
     plan = from_file(GOOD)
     assert (plan.microbatches, plan.padding, plan.rank_of_stage, plan.split_backward) == (2, 0, (0, 1), False)
     assert from_file(HALVES, samples=1).split_backward
+    assert from_file(GOOD + "\n\n") == plan
     assert from_file(GOOD, samples=1).padding == 1
     assert from_file("0F0,3F0,3B0,0B0\n1F0,2F0,2B0,1B0\n", samples=1).rank_of_stage == (0, 1, 1, 0)
 
@@ -200,8 +232,10 @@ def test_a_schedule_from_a_file(from_file: Any) -> None:
         ("0F0,0B0,1F0\n1B0\n", "stage 1 is on line 1 and on line 2"),
         ("0F0,0B0\n1F0\n", "stage 1 has F for micro-batch 0, expected F and then B"),
         ("0B0,0F0\n1F0,1B0\n", "stage 0 has BF for micro-batch 0"),
-        ("0F0,0B0\n\n", "has 1 lines|a line has no actions"),
-        ("0F0,0B0,1F0,1B0\n,\n", "a line has no actions"),
+        ("0F0,0B0,1F0,1B0\n,\n", "line 2 has no actions; every rank needs a stage"),
+        ("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n", "line 1 waits for ever at 0B0"),
+        ("0F0,0B0\n1F0\n1B0\n", "has 3 lines"),
+        ("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "waits for ever"),
     ],
 )
 def test_files_that_are_no_schedule_are_refused(from_file: Any, text: str, message: str) -> None:

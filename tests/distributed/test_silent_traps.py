@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import torchtitan_lite
-from tests.distributed.test_parity import Alone, _mutant
+from tests.distributed.test_parity import Alone, mutant_named
 from tests.distributed.test_parity import alone as alone  # the fixture
 from tests.parity.mutate import caught_by
 from tests.ranks import RankPool
@@ -31,7 +33,7 @@ PACKAGE = Path(torchtitan_lite.__file__).parent
 )
 def test_stepping_into_it_changes_the_numbers_and_parity_says_so(alone: Alone, name: str) -> None:
     # caught_by also holds the product as it is to the single process, on the mesh where the trap lies.
-    assert caught_by(alone.pool, alone.recipe, _mutant(name), {})
+    assert caught_by(alone.pool, alone.recipe, mutant_named(name), {})
 
 
 def _gathered_gradients() -> tuple[bool, bool]:
@@ -108,28 +110,37 @@ def _dies_while_saving(recipe: str, folder: str) -> str:
     return "lived"
 
 
-def _broadcast_layouts(recipe: str, *arguments: str) -> int:
-    """Train, and count broadcasts of tensors that are not contiguous."""
-    from unittest.mock import patch
-
-    from torchtitan_lite import train
+class _Broadcasts(TorchDispatchMode):
+    """Counts broadcasts of tensors that are not contiguous, whoever asks for them."""
 
     strange = 0
-    right = dist.broadcast
 
-    def watched(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal strange
-        strange += not tensor.is_contiguous()
-        return right(tensor, *args, **kwargs)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional") and "broadcast" in func._schema.name:
+            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+            self.strange += any(not tensor.is_contiguous() for tensor in tensors)
+        return func(*args, **(kwargs or {}))
+
+
+def _broadcast_layouts(recipe: str, *arguments: str) -> int:
+    """Train under the eye of the watcher."""
+    from torchtitan_lite import train
 
     os.environ["LOG_RANK"] = "0"
-    with patch.object(dist, "broadcast", watched), patch.object(dist.distributed_c10d, "broadcast", watched):
+    with _Broadcasts() as seen:
         assert train.main([recipe, *arguments]) == 0
-    return strange
+    return seen.strange
+
+
+def _one_strange_broadcast() -> int:
+    with _Broadcasts() as seen:
+        dist.broadcast(torch.zeros(3, 2).t(), 0)
+    return seen.strange
 
 
 def test_nothing_is_broadcast_in_a_layout_of_its_own(pool: RankPool, tmp_path: Path, corpus: Path, cache: Path) -> None:
     """gloo's broadcast sends memory as it lies: ranks with other layouts get other values."""
+    assert pool.run(_one_strange_broadcast, 2) == [1, 1]  # the watcher sees
     recipe = _recipe(tmp_path, corpus, cache)
     for number, mesh in enumerate(("tensor", "pipeline", "context")):
         arguments = [f"--job.dump_folder={tmp_path / str(number)}", "--training.steps=2"]

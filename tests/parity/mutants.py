@@ -3,9 +3,9 @@
 A mutant is a context manager: within it the product is wrong. The product itself has no switches for any of this.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,55 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.parity.cases import LLAMA, QWEN, _case
-from tests.parity.runner import Case
+from tests.parity.cases import LLAMA, QWEN, case
+from tests.parity.mutant import MODEL, MUTANTS, PRODUCT, mutant, replaced
 from torchtitan_lite.optim.loss import IGNORE
 
-Patch = Callable[[], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """apply: makes the product wrong within it. bug: in words, for the table. case: the mesh that shows it."""
-
-    apply: Patch
-    bug: str
-    case: Case
-
-
-MUTANTS: list[Mutant] = []
-
-
-def mutant(bug: str, case: Case) -> Callable[[Callable[[], Iterator[None]]], Patch]:
-    def register(function: Callable[[], Iterator[None]]) -> Patch:
-        apply = contextmanager(function)
-        MUTANTS.append(Mutant(apply, bug, case))
-        return apply
-
-    return register
-
-
-def _replaced(target: str, make: Callable[[Any], Any]) -> AbstractContextManager[Any]:
-    """`target` (package.module.name) replaced by make(what stood there)."""
-    from pkgutil import resolve_name
-
-    return patch(target, make(resolve_name(target)))
-
-
-PRODUCT = "torchtitan_lite"
-MODEL = f"{PRODUCT}.trainable.TrainableModel"
+__all__ = ["MUTANTS"]
 
 
 # The loss and what divides it
 
 
-@mutant("loss divided by the micro-batches too", _case(2, local=1))
+@mutant("loss divided by the micro-batches too", case(2, local=1))
 def loss_divided_twice() -> Iterator[None]:
-    with _replaced(f"{MODEL}.valid_tokens", lambda right: lambda self, batches: right(self, batches) * len(batches)):
+    with replaced(f"{MODEL}.valid_tokens", lambda right: lambda self, batches: right(self, batches) * len(batches)):
         yield
 
 
-@mutant("loss divided by the rank's own tokens: a mean of means", _case(2, shard=2))
+@mutant("loss divided by the rank's own tokens: a mean of means", case(2, shard=2))
 def mean_of_means() -> Iterator[None]:
     def local(self: Any, batches: Any) -> Tensor:
         count = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
@@ -71,19 +39,19 @@ def mean_of_means() -> Iterator[None]:
         yield
 
 
-@mutant("tokens counted on every rank that shares a sequence", _case(2, cp=2))
+@mutant("tokens counted on every rank that shares a sequence", case(2, cp=2))
 def tokens_counted_twice() -> Iterator[None]:
-    with _replaced(f"{PRODUCT}.assembly.Place", lambda right: lambda *a, **k: right(*a, **{**k, "counts": True})):
+    with replaced(f"{PRODUCT}.assembly.Place", lambda right: lambda *a, **k: right(*a, **{**k, "counts": True})):
         yield
 
 
-@mutant("loss reported by every tensor-parallel rank", _case(2, tp=2))
+@mutant("loss reported by every tensor-parallel rank", case(2, tp=2))
 def loss_reported_twice() -> Iterator[None]:
-    with _replaced(f"{PRODUCT}.assembly.Place", lambda right: lambda *a, **k: right(*a, **{**k, "reports": True})):
+    with replaced(f"{PRODUCT}.assembly.Place", lambda right: lambda *a, **k: right(*a, **{**k, "reports": True})):
         yield
 
 
-@mutant("pipeline's gradients not divided by the valid tokens, the reported loss right", _case(2, pp=2))
+@mutant("pipeline's gradients not divided by the valid tokens, the reported loss right", case(2, pp=2))
 def pipeline_gradients_of_the_sum() -> Iterator[None]:
     def wrong(self: Any, batches: Any) -> Tensor:
         valid = self.valid_tokens(batches)
@@ -94,7 +62,7 @@ def pipeline_gradients_of_the_sum() -> Iterator[None]:
         yield
 
 
-@mutant("pipeline's gradients divided by the micro-batches", _case(2, pp=2, schedule="GPipe"))
+@mutant("pipeline's gradients divided by the micro-batches", case(2, pp=2, schedule="GPipe"))
 def pipeline_gradients_scaled() -> Iterator[None]:
     def scaling(right: Any) -> Any:
         def find(name: str) -> type:
@@ -108,21 +76,21 @@ def pipeline_gradients_scaled() -> Iterator[None]:
 
         return find
 
-    with _replaced(f"{PRODUCT}.distributed.pipeline.get_schedule_class", scaling):
+    with replaced(f"{PRODUCT}.distributed.pipeline.get_schedule_class", scaling):
         yield
 
 
 # Samples
 
 
-@mutant("last micro-batch dropped", _case(2, local=1))
+@mutant("last micro-batch dropped", case(2, local=1))
 def last_microbatch_dropped() -> Iterator[None]:
     target = f"{PRODUCT}.trainable.WholeModel.forward_backward"
-    with _replaced(target, lambda right: lambda self, batches: right(self, batches[:-1])):
+    with replaced(target, lambda right: lambda self, batches: right(self, batches[:-1])):
         yield
 
 
-@mutant("last micro-batch of a pipeline empty", _case(2, pp=2, schedule="Interleaved1F1B"))
+@mutant("last micro-batch of a pipeline empty", case(2, pp=2, schedule="Interleaved1F1B"))
 def last_microbatch_empty() -> Iterator[None]:
     def emptied(right: Any) -> Any:
         def wrong(self: Any, batches: Any) -> Tensor:
@@ -131,11 +99,11 @@ def last_microbatch_empty() -> Iterator[None]:
 
         return wrong
 
-    with _replaced(f"{PRODUCT}.staged.StagedModel.forward_backward", emptied):
+    with replaced(f"{PRODUCT}.staged.StagedModel.forward_backward", emptied):
         yield
 
 
-@mutant("rows that fill up a short rank's batch have a loss", _case(3, recipe={"training.global_batch_size": 7}))
+@mutant("rows that fill up a short rank's batch have a loss", case(3, recipe={"training.global_batch_size": 7}))
 def padding_has_a_loss() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         def batch(self: Any, samples: Any, size: int) -> Any:
@@ -145,17 +113,17 @@ def padding_has_a_loss() -> Iterator[None]:
 
         return batch
 
-    with _replaced(f"{PRODUCT}.data.loader.SampleStore.batch", wrong):
+    with replaced(f"{PRODUCT}.data.loader.SampleStore.batch", wrong):
         yield
 
 
-@mutant("every data-parallel rank reads the same samples", _case(2, shard=2))
+@mutant("every data-parallel rank reads the same samples", case(2, shard=2))
 def same_samples() -> Iterator[None]:
     with patch(f"{PRODUCT}.distributed.parallel_dims.ParallelDims.batch_rank", lambda self, rank: 0):
         yield
 
 
-@mutant("ranks of one tensor-parallel group read different samples", _case(4, shard=2, tp=2))
+@mutant("ranks of one tensor-parallel group read different samples", case(4, shard=2, tp=2))
 def different_samples() -> Iterator[None]:
     target = f"{PRODUCT}.distributed.parallel_dims.ParallelDims.batch_rank"
     with patch(target, lambda self, rank: rank % self.batch_ranks):
@@ -165,20 +133,20 @@ def different_samples() -> Iterator[None]:
 # Reductions of gradients
 
 
-@mutant("gradients averaged over ranks instead of summed", _case(2, shard=2))
+@mutant("gradients averaged over ranks instead of summed", case(2, shard=2))
 def gradients_averaged() -> Iterator[None]:
     target = "torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor"
-    with _replaced(target, lambda right: lambda self, factor: right(self, 2.0)):
+    with replaced(target, lambda right: lambda self, factor: right(self, 2.0)):
         yield
 
 
-@mutant("gradients not summed over context-parallel ranks", _case(2, cp=2))
+@mutant("gradients not summed over context-parallel ranks", case(2, cp=2))
 def no_reduction_over_cp() -> Iterator[None]:
     with patch(f"{PRODUCT}.assembly.data_axes", lambda mesh: mesh["dp_shard"]):
         yield
 
 
-@mutant("gradients not summed over replicas", _case(2, replicate=2, shard=1, local=2))
+@mutant("gradients not summed over replicas", case(2, replicate=2, shard=1, local=2))
 def no_reduction_over_replicas() -> Iterator[None]:
     with patch(f"{PRODUCT}.assembly.data_axes", lambda mesh: mesh["dp_shard"]):
         yield
@@ -204,29 +172,29 @@ def _unsummed(style: str) -> AbstractContextManager[Any]:
         output = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
         return lambda loss_parallel: {**right(loss_parallel), style: Unsummed, "output": lambda: output}
 
-    return _replaced(f"{PRODUCT}.distributed.tensor_parallel._styles", styles)
+    return replaced(f"{PRODUCT}.distributed.tensor_parallel._styles", styles)
 
 
-@mutant("norm weights' gradients not summed under sequence parallelism", _case(2, tp=2))
+@mutant("norm weights' gradients not summed under sequence parallelism", case(2, tp=2))
 def norms_unsummed() -> Iterator[None]:
     with _unsummed("sequence"):
         yield
 
 
-@mutant("gradients of query and key norms not summed over heads", _case(2, QWEN, tp=2))
+@mutant("gradients of query and key norms not summed over heads", case(2, QWEN, tp=2))
 def head_norms_unsummed() -> Iterator[None]:
     with _unsummed("head_norm"):
         yield
 
 
-@mutant("tied output matrix hands no gradient to the embedding", _case(2, "DEEP_LLAMA/tied", shard=2))
+@mutant("tied output matrix hands no gradient to the embedding", case(2, "DEEP_LLAMA/tied", shard=2))
 def tied_weights_unsynchronised() -> Iterator[None]:
     target = f"{PRODUCT}.models.common.layers.TiedOutput.forward"
-    with _replaced(target, lambda right: lambda self, x, weight: right(self, x, weight.detach())):
+    with replaced(target, lambda right: lambda self, x, weight: right(self, x, weight.detach())):
         yield
 
 
-@mutant("gradients of gathered keys and values not summed over ranks", _case(2, cp=2))
+@mutant("gradients of gathered keys and values not summed over ranks", case(2, cp=2))
 def gathered_gradient_of_own_rank() -> Iterator[None]:
     def own(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad[ctx.group.rank()], None
@@ -237,7 +205,7 @@ def gathered_gradient_of_own_rank() -> Iterator[None]:
 
 @mutant(
     "zero-bubble schedule over parameters that are freed after the forward",
-    _case(4, shard=2, pp=2, schedule="ZBVZeroBubble"),
+    case(4, shard=2, pp=2, schedule="ZBVZeroBubble"),
 )
 def zero_bubble_frees_parameters() -> Iterator[None]:
     with patch(f"{PRODUCT}.assembly._frees_parameters", lambda recipe: True):
@@ -245,7 +213,7 @@ def zero_bubble_frees_parameters() -> Iterator[None]:
 
 
 @mutant(
-    "compiled block takes a collective's wait() for a plain tensor", _case(2, compiled=True, tp=2, backend="aot_eager")
+    "compiled block takes a collective's wait() for a plain tensor", case(2, compiled=True, tp=2, backend="aot_eager")
 )
 def compiled_wait() -> Iterator[None]:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -260,7 +228,7 @@ def compiled_wait() -> Iterator[None]:
 # Parts of a sequence
 
 
-@mutant("rotary positions of a rank's tokens count from 0", _case(2, cp=2))
+@mutant("rotary positions of a rank's tokens count from 0", case(2, cp=2))
 def rope_offset() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         def arguments(self: Any, documents: Any) -> Any:
@@ -269,22 +237,20 @@ def rope_offset() -> Iterator[None]:
 
         return arguments
 
-    with _replaced(f"{MODEL}.arguments", wrong):
+    with replaced(f"{MODEL}.arguments", wrong):
         yield
 
 
-@mutant(
-    "heads exchanged over pieces of the sequence that are balanced for gathering", _case(2, cp=2, method="alltoall")
-)
+@mutant("heads exchanged over pieces of the sequence that are balanced for gathering", case(2, cp=2, method="alltoall"))
 def exchanged_pieces_out_of_order() -> Iterator[None]:
     def balanced(right: Any) -> Any:
         return lambda self, seq_len: right(replace(self, method="allgather"), seq_len)
 
-    with _replaced(f"{PRODUCT}.distributed.context_parallel.SequenceShare.positions", balanced):
+    with replaced(f"{PRODUCT}.distributed.context_parallel.SequenceShare.positions", balanced):
         yield
 
 
-@mutant("labels of another part of the sequence than the tokens", _case(2, cp=2))
+@mutant("labels of another part of the sequence than the tokens", case(2, cp=2))
 def labels_of_another_part() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         def part_of(self: Any, rows: Tensor) -> Tensor:
@@ -293,24 +259,24 @@ def labels_of_another_part() -> Iterator[None]:
 
         return part_of
 
-    with _replaced(f"{MODEL}.part_of", wrong):
+    with replaced(f"{MODEL}.part_of", wrong):
         yield
 
 
-@mutant("second pieces of gathered keys left in the order of the ranks", _case(2, cp=2))
+@mutant("second pieces of gathered keys left in the order of the ranks", case(2, cp=2))
 def gathered_pieces_out_of_order() -> Iterator[None]:
     with patch("torch.Tensor.flip", lambda self, *dims: self):
         yield
 
 
-@mutant("document mask of the first positions instead of the rank's", _case(2, QWEN, cp=2))
+@mutant("document mask of the first positions instead of the rank's", case(2, QWEN, cp=2))
 def mask_of_other_rows() -> Iterator[None]:
     target = f"{PRODUCT}.distributed.context_parallel.SequenceShare.query_positions"
     with patch(target, lambda self, seq_len: torch.arange(seq_len // self.ranks)):
         yield
 
 
-@mutant("key heads copied to the wrong ranks", _case(4, "SPEC/tiny", cp=4, method="alltoall"))
+@mutant("key heads copied to the wrong ranks", case(4, "SPEC/tiny", cp=4, method="alltoall"))
 def key_heads_out_of_order() -> Iterator[None]:
     def repeated(self: Tensor, copies: int, dim: int) -> Tensor:
         return torch.cat([self] * copies, dim=dim)
@@ -319,7 +285,7 @@ def key_heads_out_of_order() -> Iterator[None]:
         yield
 
 
-@mutant("document mask lost behind the first stage", _case(2, pp=2))
+@mutant("document mask lost behind the first stage", case(2, pp=2))
 def mask_lost_between_stages() -> Iterator[None]:
     def lost(right: Any) -> Any:
         def arguments(self: Any, module: Any, args: Any, kwargs: Any) -> Any:
@@ -327,7 +293,7 @@ def mask_lost_between_stages() -> Iterator[None]:
 
         return arguments
 
-    with _replaced(f"{PRODUCT}.staged.StagedModel._with_arguments", lost):
+    with replaced(f"{PRODUCT}.staged.StagedModel._with_arguments", lost):
         yield
 
 
@@ -344,28 +310,28 @@ class _OffByOne:
         return max(self._rank - 1, 0)
 
 
-@mutant("offset of a rank's part of the vocabulary wrong", _case(2, tp=2))
+@mutant("offset of a rank's part of the vocabulary wrong", case(2, tp=2))
 def vocabulary_offset() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         return staticmethod(lambda ctx, logits, labels, group: right(ctx, logits, labels, _OffByOne(group)))
 
-    with _replaced(f"{PRODUCT}.optim.loss._ShardedCrossEntropy.forward", wrong):
+    with replaced(f"{PRODUCT}.optim.loss._ShardedCrossEntropy.forward", wrong):
         yield
 
 
-@mutant("largest logit of a rank's part of the vocabulary taken for that of all", _case(2, tp=2))
+@mutant("largest logit of a rank's part of the vocabulary taken for that of all", case(2, tp=2))
 def largest_logit_not_shared() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         return lambda x, op, group: x if op == "max" else right(x, op, group)
 
-    with _replaced(f"{PRODUCT}.optim.loss.all_reduce", wrong):
+    with replaced(f"{PRODUCT}.optim.loss.all_reduce", wrong):
         yield
 
 
 # The gradient norm
 
 
-@mutant("strided shards of FSDP over tensor parallelism left out of the norm's sum", _case(4, shard=2, tp=2))
+@mutant("strided shards of FSDP over tensor parallelism left out of the norm's sum", case(4, shard=2, tp=2))
 def norm_without_strided_shards() -> Iterator[None]:
     def wrong(grad: Any) -> Any:
         placements = enumerate(grad.placements)
@@ -375,43 +341,49 @@ def norm_without_strided_shards() -> Iterator[None]:
         yield
 
 
-@mutant("replicated parameters counted once for each tensor-parallel rank", _case(2, tp=2))
+@mutant("replicated parameters counted once for each tensor-parallel rank", case(2, tp=2))
 def norm_counts_replicas() -> Iterator[None]:
     target = f"{PRODUCT}.optim.gradients._sharded_over"
     with patch(target, lambda grad: (grad.device_mesh, tuple(range(grad.device_mesh.ndim)))):
         yield
 
 
-@mutant("norm of this rank's pipeline stages only", _case(2, pp=2))
+@mutant("norm of this rank's pipeline stages only", case(2, pp=2))
 def norm_of_own_stages() -> Iterator[None]:
     target = f"{PRODUCT}.trainer.clip_by_global_norm"
-    with _replaced(target, lambda right: lambda parameters, max_norm, stages: right(parameters, max_norm, None)):
+    with replaced(target, lambda right: lambda parameters, max_norm, stages: right(parameters, max_norm, None)):
         yield
 
 
 # Initial weights and validation
 
 
-@mutant("initial weights drawn shard by shard from one seed", _case(2, LLAMA, tp=2))
+@mutant("every rank draws its shard of the initial weights from one seed, as DTensor does on CPU", case(2, LLAMA, tp=2))
 def weights_by_shard() -> Iterator[None]:
-    def wrong(model: nn.Module, seed: int, rule: Any) -> None:
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-                local.normal_(rule(name).mean, rule(name).std)
+    def first_shard(right: Any) -> Any:
+        def shape_and_offset(*args: Any) -> Any:
+            shape, offset = right(*args)
+            return shape, (0,) * len(offset)
 
-    with patch(f"{PRODUCT}.assembly.initialize", wrong):
+        return shape_and_offset
+
+    target = f"{PRODUCT}.models.common.initialize.compute_local_shape_and_global_offset"
+    with replaced(target, first_shard):
         yield
 
 
-@mutant("validation counts the rows that fill up its last batch", _case(2, pp=2))
+@mutant("validation counts the rows that fill up its last batch", case(2, pp=2))
 def validation_counts_padding() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         def evaluate(self: Any, batches: Any) -> Tensor:
-            return right(self, (replace(batch, labels=batch.labels.clamp(min=0)) for batch in batches))  # type: ignore[no-any-return]
+            # Rows of a loss have labels; these have none at all.
+            batches = list(batches)
+            padding = [(batch.labels == IGNORE).all(dim=1, keepdim=True) for batch in batches]
+            labels = [batch.labels.masked_fill(rows, 0) for batch, rows in zip(batches, padding, strict=True)]
+            filled = [replace(batch, labels=own) for batch, own in zip(batches, labels, strict=True)]
+            return right(self, filled)  # type: ignore[no-any-return]
 
         return evaluate
 
-    with _replaced(f"{MODEL}.evaluate", wrong):
+    with replaced(f"{MODEL}.evaluate", wrong):
         yield

@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 
 from tests.parity.__main__ import parity_corpus
-from tests.parity.mutants import MUTANTS, Mutant
+from tests.parity.mutant import Mutant
+from tests.parity.mutants import MUTANTS
 from tests.parity.report import write_section
 from tests.parity.runner import Result, base_recipe, compare, exceeded, run_case
 from tests.ranks import RankError, RankPool

@@ -34,7 +34,7 @@ _NOT_YET_KEYS = {
 }
 # What TorchTitan 0.2.2 has and this does another way.
 _INSTEAD = {
-    "parallelism.context_parallel_load_balancer": "the sequence is always balanced over context-parallel ranks",
+    "parallelism.context_parallel_load_balancer": "allgather always balances its pieces of the sequence",
     "parallelism.pipeline_parallel_first_stage_less_layers": "the automatic split weighs the embedding by its FLOPs",
     "parallelism.pipeline_parallel_last_stage_less_layers": "the automatic split weighs norm and output by their FLOPs",
 }

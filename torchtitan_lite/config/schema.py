@@ -118,7 +118,7 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Whether a block's parameters are freed after its forward and gathered again for its backward. `default`:
     always, under a pipeline never. `never` also keeps whole gradients until the step's last micro-batch, so that
-    accumulation reduces them once; `always` reduces shards in every micro-batch."""
+    accumulation reduces them once, as every pipeline does; `always` reduces shards in every micro-batch."""
 
     tensor_parallel_degree: int = setting(1, minimum=1)
     """Ranks that share each matrix product, and the sequence between them (sequence parallel)."""
@@ -309,8 +309,8 @@ class Compile:
     enable: bool = False
     """Compile each block of the model; one graph serves them all."""
 
-    backend: str = "inductor"
-    """Compiler of the graphs; `aot_eager` traces and runs them without one."""
+    backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    """Compiler of the graphs; `aot_eager` and `eager` trace and run them without one."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Differentiable collectives on torch's functional ops: the same on CPU and CUDA, and traced by torch.compile.
 
-They take and return contiguous tensors: gloo's all-gather gives wrong gradients for the permuted layouts that
-attention returns, without an error.
+They make what they send contiguous. The differentiable all-gather of torch.distributed.nn does not, and gives wrong
+gradients on gloo for the permuted layouts that attention returns, without an error.
 """
 
 from typing import Any

@@ -38,7 +38,7 @@ class ParallelDims:
         if shared % self.ep:
             raise UserError(
                 f"parallelism.expert_parallel_degree = {self.ep} does not divide data_parallel_shard_degree x "
-                f"context_parallel_degree = {self.dp_shard} x {self.cp}; valid: {_divisors(shared)}"
+                f"context_parallel_degree = {self.dp_shard} x {self.cp}; valid: {divisors(shared)}"
             )
 
     @classmethod
@@ -119,5 +119,5 @@ def _product(degrees: dict[str, int], skip: str = "") -> str:
     return " x ".join(f"{axis} {degree}" for axis, degree in degrees.items() if axis != skip)
 
 
-def _divisors(number: int) -> str:
+def divisors(number: int) -> str:
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -48,7 +48,7 @@ def apply_pipeline_parallel(
     settings: dict[str, Any] = {"n_microbatches": plan.microbatches, "loss_fn": loss, "scale_grads": False}
     if plan.schedule_csv:
         schedule = _PipelineScheduleRuntime(stages, **settings)
-        # Before it is loaded: its placement of stages need not be the one that torch assumes.
+        # Takes the placement of the stages from the file too, in the place of torch's default.
         schedule._load_csv(plan.schedule_csv)
         return schedule
     cls = get_schedule_class(plan.schedule)
@@ -58,7 +58,7 @@ def apply_pipeline_parallel(
 @contextmanager
 def forward_only(schedule: Schedule) -> Iterator[None]:
     """Within it `schedule.eval` works for every schedule: torch's fails on V-shaped ones, whose backwards it skips too
-    late."""
+    late, and frees parameters around backwards that do not happen."""
     if not isinstance(schedule, _PipelineScheduleRuntime):
         yield
         return
@@ -70,16 +70,13 @@ def forward_only(schedule: Schedule) -> Iterator[None]:
         schedule.pipeline_order_with_comms = order
 
 
-_BACKWARD = {
-    _ComputationType.FULL_BACKWARD,
-    _ComputationType.BACKWARD_INPUT,
-    _ComputationType.BACKWARD_WEIGHT,
-    _ComputationType.SEND_B,
-    _ComputationType.RECV_B,
-    _ComputationType.REDUCE_GRAD,
-}
+_FORWARD = (_ComputationType.FORWARD, _ComputationType.SEND_F, _ComputationType.RECV_F)
 
 
 def _forwards(actions: Sequence[_Action]) -> Iterator[_Action]:
-    for action in actions:
-        yield from (each for each in action.sub_actions or (action,) if each.computation_type not in _BACKWARD)
+    """Forwards and what they exchange, in their order; each stage gathers its parameters first and frees them last."""
+    kept = [each for action in actions for each in action.sub_actions or (action,) if each.computation_type in _FORWARD]
+    stages = dict.fromkeys(action.stage_index for action in kept if action.computation_type == _ComputationType.FORWARD)
+    yield from (_Action(stage, _ComputationType.UNSHARD) for stage in stages)
+    yield from kept
+    yield from (_Action(stage, _ComputationType.RESHARD) for stage in stages)

@@ -2,12 +2,12 @@
 
 import csv
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 from torchtitan_lite.config.decoding import nearest
+from torchtitan_lite.config.loading import user_path
 from torchtitan_lite.config.schema import Parallelism
 from torchtitan_lite.errors import UserError
 
@@ -16,20 +16,22 @@ _V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 _FROM_CSV = ("PipelineScheduleSingle", "PipelineScheduleMulti")
 # Schedules that put off weight gradients: their backward comes in halves.
 _SPLIT_BACKWARD = ("InterleavedZeroBubble", *_V_SHAPED)
-_ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
+_ACTION_TEXT = re.compile(r"(\d+)([FBIW])(\d+)")
+_Action = tuple[int, str, int]  # stage, kind (F forward, B backward, I and W its halves), micro-batch
 
 
 @dataclass(frozen=True)
 class PipelinePlan:
     """stages: module names of each stage, in the model's order. rank_of_stage: pipeline rank that holds it.
-    microbatches: of one schedule call, `padding` of them empty on every rank. split_backward: whether the schedule
-    runs the backward in halves."""
+    microbatches: of one schedule call, each of microbatch_size samples, `padding` of them empty on every rank.
+    split_backward: whether the schedule runs the backward in halves."""
 
     schedule: str
     schedule_csv: str
     stages: tuple[tuple[str, ...], ...]
     rank_of_stage: tuple[int, ...]
     microbatches: int
+    microbatch_size: int
     padding: int
     split_backward: bool
 
@@ -44,14 +46,15 @@ class PipelinePlan:
         """The part of a rank's time that fills and drains the pipeline or goes into empty micro-batches, at least:
         costs of stages taken as equal, communication as free.
 
-        Fill and drain are (ranks - 1) turns of one stage; a backward in halves fills two thirds of them.
+        Fill and drain are (ranks - 1) turns of one stage; a backward in halves fills two thirds of them. No more
+        ranks are busy at once than there are micro-batches.
         """
-        per_rank = len(self.stages) / self.ranks
+        real, per_rank = self.microbatches - self.padding, len(self.stages) / self.ranks
         fill = (self.ranks - 1) / per_rank * (1 / 3 if self.split_backward else 1)
-        return 1 - (self.microbatches - self.padding) / (self.microbatches + fill)
+        return max(1 - real / (self.microbatches + fill), 1 - real / self.ranks)
 
     def __str__(self) -> str:
-        """`Interleaved1F1B, 4 stages, layers 2 2 1 1, 8 micro-batches, bubble 11% or more`"""
+        """`Interleaved1F1B, 4 stages with 2 2 1 1 layers, 8 micro-batches, 6% bubble at least`"""
         layers = " ".join(str(sum("." in name for name in stage)) for stage in self.stages)
         empty = f" ({self.padding} of them empty)" if self.padding else ""
         return (
@@ -68,6 +71,7 @@ def plan_pipeline(parallelism: Parallelism, flops: Mapping[str, float], samples:
     """
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     least = -(-samples // parallelism.pipeline_parallel_microbatch_size)
+    size = -(-samples // least)  # the smallest that then suffices
     if parallelism.pipeline_parallel_schedule_csv:
         rank_of_stage, microbatches, split = _read_csv(parallelism)
         if least > microbatches:
@@ -80,11 +84,12 @@ def plan_pipeline(parallelism: Parallelism, flops: Mapping[str, float], samples:
         if len(stages) != len(rank_of_stage):
             raise UserError(
                 f"{parallelism.pipeline_parallel_schedule_csv}: has {len(rank_of_stage)} stages, the recipe cuts the "
-                f"model into {len(stages)}"
+                f"model into {len(stages)}; change parallelism.pipeline_parallel_layers_per_stage or "
+                "module_fqns_per_model_part to make as many"
             )
     else:
         stages = _cut(parallelism, flops, degree * (1 if schedule in _ONE_STAGE else 2))
-        _stages_fit_the_schedule(parallelism, len(stages))
+        _stages_fit_the_schedule(parallelism, len(stages), sum("." in name for name in flops))
         rank_of_stage = _placement(schedule, degree, len(stages))
         microbatches = microbatches_needed(schedule, least, degree, len(stages))
         split = schedule in _SPLIT_BACKWARD
@@ -94,6 +99,7 @@ def plan_pipeline(parallelism: Parallelism, flops: Mapping[str, float], samples:
         stages,
         rank_of_stage,
         microbatches,
+        size,
         microbatches - least,
         split,
     )
@@ -116,15 +122,15 @@ def _cut(parallelism: Parallelism, flops: Mapping[str, float], stages: int) -> t
     """Module names of each stage: as named, by layers per stage, or `stages` of them by cost."""
     if parallelism.module_fqns_per_model_part:
         return _as_named(parallelism.module_fqns_per_model_part, list(flops))
-    layers = [name for name in flops if "." in name]
+    layers, degree = [name for name in flops if "." in name], parallelism.pipeline_parallel_degree
     per_stage = parallelism.pipeline_parallel_layers_per_stage
     if per_stage != -1:
         sizes = [len(layers[start : start + per_stage]) for start in range(0, len(layers), per_stage)]
     elif stages > len(layers):
         raise UserError(
-            f"parallelism.pipeline_parallel_degree = {parallelism.pipeline_parallel_degree} with "
+            f"parallelism.pipeline_parallel_degree = {degree} with "
             f"{parallelism.pipeline_parallel_schedule} makes {stages} stages of {len(layers)} layers; a stage needs "
-            f"one at least: use a degree of {_most_ranks(parallelism, stages, len(layers))} or less"
+            f"one at least: use a degree of {max(1, len(layers) * degree // stages)} or less"
         )
     else:
         sizes = split_by_cost(flops, stages)
@@ -143,21 +149,29 @@ def split_by_cost(flops: Mapping[str, float], stages: int) -> list[int]:
     costs = [flops[names[index]] for index in layers]
     costs[0] += sum(flops[name] for name in names[: layers[0]])
     costs[-1] += sum(flops[name] for name in names[layers[-1] + 1 :])
-    count = len(costs)
-    # best[n]: (most costly stage, sum of squares, sizes) of the first n layers on the stages so far.
-    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
-    for stage in range(stages):
-        reachable = range(stage + 1, count - (stages - stage - 1) + 1)
-        best = {
-            end: min(
-                (max(most, cost), squares + cost * cost, [*sizes, end - start])
-                for start, (most, squares, sizes) in best.items()
-                if start < end
-                for cost in (sum(costs[start:end]),)
-            )
-            for end in reachable
-        }
-    return best[count][2]
+    bound = _fewest_cost(costs, stages, float("inf"), max)[0]
+    return _fewest_cost(costs, stages, bound, lambda total, cost: total + cost * cost)[1]
+
+
+def _fewest_cost(
+    costs: Sequence[float], stages: int, bound: float, join: Callable[[float, float], float]
+) -> tuple[float, list[int]]:
+    """The cut of `costs` into that many stages, none above `bound`, with the least of its stages' costs as joined:
+    (that, sizes)."""
+    # best[n]: of the first n layers on the stages so far.
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+    for _ in range(stages):
+        following: dict[int, tuple[float, list[int]]] = {}
+        for start, (joined, sizes) in best.items():
+            cost = 0.0
+            for end in range(start + 1, len(costs) + 1):
+                cost += costs[end - 1]
+                if cost > bound:
+                    break
+                found = (join(joined, cost), [*sizes, end - start])
+                following[end] = min(following.get(end, found), found)
+        best = following
+    return best[len(costs)]
 
 
 def _as_named(parts: Sequence[Sequence[str]], units: list[str]) -> tuple[tuple[str, ...], ...]:
@@ -179,16 +193,25 @@ def _as_named(parts: Sequence[Sequence[str]], units: list[str]) -> tuple[tuple[s
     return tuple(tuple(part) for part in parts)
 
 
-def _stages_fit_the_schedule(parallelism: Parallelism, stages: int) -> None:
+def _stages_fit_the_schedule(parallelism: Parallelism, stages: int, layers: int) -> None:
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
-    per_rank, left = divmod(stages, degree)
+    if _fit(schedule, stages, degree):
+        return
     wanted = "1 stage" if schedule in _ONE_STAGE else "2 stages" if schedule in _V_SHAPED else "2 stages or more"
-    fits = per_rank == 1 if schedule in _ONE_STAGE else per_rank == 2 if schedule in _V_SHAPED else per_rank >= 2
-    if left or not fits:
-        raise UserError(
-            f"{stages} stages on parallelism.pipeline_parallel_degree = {degree}: {schedule} runs {wanted} on every "
-            "rank; change parallelism.pipeline_parallel_layers_per_stage, module_fqns_per_model_part or the schedule"
-        )
+    said = f"{stages} stages on parallelism.pipeline_parallel_degree = {degree}: {schedule} runs {wanted} on every rank"
+    if parallelism.module_fqns_per_model_part:
+        raise UserError(f"{said}; give parallelism.module_fqns_per_model_part as many parts")
+    valid = [str(size) for size in range(1, layers + 1) if _fit(schedule, -(-layers // size), degree)]
+    raise UserError(
+        f"{said}; parallelism.pipeline_parallel_layers_per_stage that fit: {', '.join(valid) or 'none'}, or -1"
+    )
+
+
+def _fit(schedule: str, stages: int, ranks: int) -> bool:
+    per_rank, left = divmod(stages, ranks)
+    return not left and (
+        per_rank == 1 if schedule in _ONE_STAGE else per_rank == 2 if schedule in _V_SHAPED else per_rank >= 2
+    )
 
 
 def _placement(schedule: str, ranks: int, stages: int) -> tuple[int, ...]:
@@ -198,10 +221,6 @@ def _placement(schedule: str, ranks: int, stages: int) -> tuple[int, ...]:
     return tuple(stage % ranks for stage in range(stages))
 
 
-def _most_ranks(parallelism: Parallelism, stages: int, layers: int) -> int:
-    return layers // (stages // parallelism.pipeline_parallel_degree)
-
-
 def _span(units: list[str]) -> str:
     return ", ".join(units if len(units) <= 8 else [*units[:3], "...", *units[-3:]])
 
@@ -209,13 +228,9 @@ def _span(units: list[str]) -> str:
 def _read_csv(parallelism: Parallelism) -> tuple[tuple[int, ...], int, bool]:
     """(rank of each stage, micro-batches, whether backwards come in halves) of a schedule file."""
     path, degree = parallelism.pipeline_parallel_schedule_csv, parallelism.pipeline_parallel_degree
-    try:
-        with Path(path).open(newline="") as handle:
-            rows = list(csv.reader(handle))
-    except OSError as error:
-        raise UserError(f"parallelism.pipeline_parallel_schedule_csv = {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"parallelism.pipeline_parallel_schedule_csv = {path}: is not text") from None
+    rows = _actions(path)
+    while rows and not rows[-1] and len(rows) > degree:  # blank lines at the end
+        rows.pop()
     if len(rows) != degree:
         raise UserError(
             f"{path}: has {len(rows)} lines, parallelism.pipeline_parallel_degree is {degree}; a line is a rank"
@@ -223,15 +238,13 @@ def _read_csv(parallelism: Parallelism) -> tuple[tuple[int, ...], int, bool]:
     owner: dict[int, int] = {}
     seen: dict[tuple[int, int], str] = {}
     for rank, row in enumerate(rows):
-        for text in filter(None, (cell.strip() for cell in row)):
-            match = _ACTION.fullmatch(text)
-            if not match:
-                raise UserError(f"{path}: line {rank + 1}: {text}: expected an action such as 0F3, 0B3, 0I3 or 0W3")
-            stage, kind, microbatch = int(match[1]), match[2], int(match[3])
+        if not row:
+            raise UserError(f"{path}: line {rank + 1} has no actions; every rank needs a stage")
+        for stage, kind, microbatch in row:
             if owner.setdefault(stage, rank) != rank:
                 raise UserError(f"{path}: stage {stage} is on line {owner[stage] + 1} and on line {rank + 1}")
             seen[stage, microbatch] = seen.get((stage, microbatch), "") + kind
-    stages, microbatches = (max(key[at] for key in seen) + 1 if seen else 0 for at in (0, 1))
+    stages, microbatches = (max(key[at] for key in seen) + 1 for at in (0, 1))
     for stage in range(stages):
         for microbatch in range(microbatches):
             if (kinds := seen.get((stage, microbatch), "nothing")) not in ("FB", "FIW"):
@@ -239,7 +252,54 @@ def _read_csv(parallelism: Parallelism) -> tuple[tuple[int, ...], int, bool]:
                     f"{path}: stage {stage} has {kinds} for micro-batch {microbatch}, expected F and then B, or F, I "
                     "and W"
                 )
-    if len(set(owner.values())) < degree:
-        raise UserError(f"{path}: a line has no actions; every rank needs a stage")
+    _require_runs_through(path, rows, stages)
     split = any("I" in kinds for kinds in seen.values())
     return tuple(owner[stage] for stage in range(stages)), microbatches, split
+
+
+def _actions(path: str) -> list[list[_Action]]:
+    """(stage, kind, micro-batch) of each action of each line."""
+    try:
+        with user_path(path, "parallelism.pipeline_parallel_schedule_csv").open(newline="") as handle:
+            rows = [[cell.strip() for cell in row if cell.strip()] for row in csv.reader(handle)]
+    except OSError as error:
+        raise UserError(f"parallelism.pipeline_parallel_schedule_csv = {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"parallelism.pipeline_parallel_schedule_csv = {path}: is not text") from None
+    parsed: list[list[_Action]] = []
+    for line, row in enumerate(rows, start=1):
+        parsed.append([])
+        for text in row:
+            if not (match := _ACTION_TEXT.fullmatch(text)):
+                raise UserError(f"{path}: line {line}: {text}: expected an action such as 0F3, 0B3, 0I3 or 0W3")
+            parsed[-1].append((int(match[1]), match[2], int(match[3])))
+    return parsed
+
+
+def _require_runs_through(path: str, rows: Sequence[Sequence[_Action]], stages: int) -> None:
+    """Raise UserError where ranks would wait for each other: each runs its line in order, a forward after that of the
+    stage before, a backward after that of the stage behind."""
+    done: set[_Action] = set()
+    at = [0] * len(rows)
+
+    def ready(action: _Action) -> bool:
+        stage, kind, microbatch = action
+        if kind == "F":
+            return stage == 0 or (stage - 1, "F", microbatch) in done
+        return kind == "W" or stage == stages - 1 or any((stage + 1, back, microbatch) in done for back in "BI")
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(rows):
+            while at[rank] < len(row) and ready(row[at[rank]]):
+                done.add(row[at[rank]])
+                at[rank] += 1
+                moved = True
+    for rank, row in enumerate(rows):
+        if at[rank] < len(row):
+            stage, kind, microbatch = row[at[rank]]
+            raise UserError(
+                f"{path}: line {rank + 1} waits for ever at {stage}{kind}{microbatch}: what it needs comes only after "
+                "what waits for it; reorder the lines"
+            )

@@ -1,4 +1,4 @@
-"""Cross-entropy as a sum: what divides it is the step's business (see assembly)."""
+"""Cross-entropy as a sum: what divides it is the step's business (see trainable)."""
 
 from typing import Any
 
