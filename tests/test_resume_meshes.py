@@ -7,6 +7,7 @@ import pytest
 from tests.ranks import RankPool
 from tests.test_trainer import _run
 from tests.tiny import write_recipe
+from torchtitan_lite.observability.sinks import read_lines
 
 _TP, _PP, _CP = (f"--parallelism.{name}_parallel_degree=2" for name in ("tensor", "pipeline", "context"))
 _ZBV = "--parallelism.pipeline_parallel_schedule=ZBVZeroBubble"
@@ -20,6 +21,8 @@ def _recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:
         cache,
         model={"spec": "tests.tiny:DEEP_QWEN", "flavor": "untied"},
         checkpoint={"enable": True, "interval": 4},
+        validation={"enable": True, "freq": 3, "steps": 1},
+        data={"validation_fraction": 0.2},
     )
 
 
@@ -30,7 +33,15 @@ def test_a_chain_of_meshes_is_one_run(pool: RankPool, tmp_path: Path, corpus: Pa
     for link, (ranks, mesh) in enumerate(CHAIN, start=1):
         lines = _run(pool, ranks, recipe, tmp_path / "chain", *mesh, f"--training.steps={3 * link}")
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in one], rel=2e-6)
+    validations = {name: _validations(tmp_path / name) for name in ("one", "chain")}
+    assert list(validations["chain"]) == list(validations["one"]) == [3 * link for link in range(1, len(CHAIN) + 1)]
+    assert validations["chain"] == pytest.approx(validations["one"], rel=2e-6)
     assert [line["grad_norm"] for line in lines] == pytest.approx([line["grad_norm"] for line in one], rel=1e-5)
+
+
+def _validations(folder: Path) -> dict[int, float]:
+    lines = read_lines(folder / "events.jsonl")
+    return {line["step"]: line["loss"] for line in lines if line["event"] == "validation"}
 
 
 @pytest.mark.parametrize("mesh", [(_TP,), (_PP, _ZBV)])
