@@ -67,6 +67,8 @@ def _train(plan: JobPlan, prepared: Prepared) -> None:
     try:
         settings = flat(asdict(plan.config)) | flat(identity(plan, prepared))
         # A folder that is not shared between nodes would have some resume and others start.
+        if plan.pipeline is not None:
+            settings["the schedule file's order"] = plan.pipeline.order
         settings["checkpoints in the run folder"] = published_steps(plan.checkpoint_folder)
         runtime.require_equal_on_all_ranks(settings)
         if here.rank == 0:

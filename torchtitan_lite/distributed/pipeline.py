@@ -46,10 +46,13 @@ def apply_pipeline_parallel(
         inputs, outputs = edges(index)
         stages.append(PipelineStage(part, index, count, device, inputs, outputs, group=mesh.get_group()))
     settings: dict[str, Any] = {"n_microbatches": plan.microbatches, "loss_fn": loss, "scale_grads": False}
-    if plan.schedule_csv:
+    if plan.order:
         schedule = _PipelineScheduleRuntime(stages, **settings)
-        # Takes the placement of the stages from the file too, in the place of torch's default.
-        schedule._load_csv(plan.schedule_csv)
+        # Takes the placement of the stages from the order too, in the place of torch's default.
+        schedule.pipeline_order = {
+            row: [_Action.from_str(text) for text in texts] for row, texts in enumerate(plan.order)
+        }
+        schedule._prepare_schedule_with_comms(schedule.pipeline_order)
         return schedule
     cls = get_schedule_class(plan.schedule)
     return cls(stages[0] if issubclass(cls, PipelineScheduleSingle) else stages, **settings)  # type: ignore[no-any-return]

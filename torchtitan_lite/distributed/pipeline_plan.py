@@ -24,16 +24,17 @@ _Action = tuple[int, str, int]  # stage, kind (F forward, B backward, I and W it
 class PipelinePlan:
     """stages: module names of each stage, in the model's order. rank_of_stage: pipeline rank that holds it.
     microbatches: of one schedule call, each of microbatch_size samples, `padding` of them empty on every rank.
-    split_backward: whether the schedule runs the backward in halves."""
+    split_backward: whether the schedule runs the backward in halves. order: actions of each rank where a file gives
+    them, as in the file."""
 
     schedule: str
-    schedule_csv: str
     stages: tuple[tuple[str, ...], ...]
     rank_of_stage: tuple[int, ...]
     microbatches: int
     microbatch_size: int
     padding: int
     split_backward: bool
+    order: tuple[tuple[str, ...], ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -72,8 +73,9 @@ def plan_pipeline(parallelism: Parallelism, flops: Mapping[str, float], samples:
     degree, schedule = parallelism.pipeline_parallel_degree, parallelism.pipeline_parallel_schedule
     least = -(-samples // parallelism.pipeline_parallel_microbatch_size)
     size = -(-samples // least)  # the smallest that then suffices
+    order: tuple[tuple[str, ...], ...] = ()
     if parallelism.pipeline_parallel_schedule_csv:
-        rank_of_stage, microbatches, split = _read_csv(parallelism)
+        rank_of_stage, microbatches, split, order = _read_csv(parallelism)
         if least > microbatches:
             raise UserError(
                 f"{parallelism.pipeline_parallel_schedule_csv}: has {microbatches} micro-batches, a step has {least} "
@@ -95,13 +97,13 @@ def plan_pipeline(parallelism: Parallelism, flops: Mapping[str, float], samples:
         split = schedule in _SPLIT_BACKWARD
     return PipelinePlan(
         schedule,
-        parallelism.pipeline_parallel_schedule_csv,
         stages,
         rank_of_stage,
         microbatches,
         size,
         microbatches - least,
         split,
+        order,
     )
 
 
@@ -225,8 +227,8 @@ def _span(units: list[str]) -> str:
     return ", ".join(units if len(units) <= 8 else [*units[:3], "...", *units[-3:]])
 
 
-def _read_csv(parallelism: Parallelism) -> tuple[tuple[int, ...], int, bool]:
-    """(rank of each stage, micro-batches, whether backwards come in halves) of a schedule file."""
+def _read_csv(parallelism: Parallelism) -> tuple[tuple[int, ...], int, bool, tuple[tuple[str, ...], ...]]:
+    """(rank of each stage, micro-batches, whether backwards come in halves, actions) of a schedule file."""
     path, degree = parallelism.pipeline_parallel_schedule_csv, parallelism.pipeline_parallel_degree
     rows = _actions(path)
     while rows and not rows[-1] and len(rows) > degree:  # blank lines at the end
@@ -254,7 +256,8 @@ def _read_csv(parallelism: Parallelism) -> tuple[tuple[int, ...], int, bool]:
                 )
     _require_runs_through(path, rows, stages)
     split = any("I" in kinds for kinds in seen.values())
-    return tuple(owner[stage] for stage in range(stages)), microbatches, split
+    order = tuple(tuple(f"{stage}{kind}{microbatch}" for stage, kind, microbatch in row) for row in rows)
+    return tuple(owner[stage] for stage in range(stages)), microbatches, split, order
 
 
 def _actions(path: str) -> list[list[_Action]]:
