@@ -19,6 +19,12 @@ def test_shares_are_the_whole_sequence_in_equal_parts(method: str, ranks: int) -
     assert len(costs) == 1 or method == "alltoall"
 
 
+def test_one_rank_has_a_sequence_of_any_length() -> None:
+    for method in ("allgather", "alltoall"):
+        for seq_len in (1, 2, 33):
+            assert SequenceShare(method, 0, 1).positions(seq_len).tolist() == list(range(seq_len))
+
+
 def test_queries_are_a_ranks_own_or_all() -> None:
     assert SequenceShare("allgather", 1, 2).query_positions(8).tolist() == [2, 3, 4, 5]
     assert SequenceShare("alltoall", 1, 2).positions(8).tolist() == [4, 5, 6, 7]

@@ -32,7 +32,7 @@ class SequenceShare:
         """int64 [seq_len / ranks]. All-gather cuts a sequence into two pieces a rank and gives rank r the pieces r
         and 2n - 1 - r: causal attention then costs as much on each."""
         whole = torch.arange(seq_len)
-        if self.method == "alltoall":
+        if self.method == "alltoall" or self.ranks == 1:
             return whole.chunk(self.ranks)[self.rank]
         pieces = whole.chunk(2 * self.ranks)
         return torch.cat((pieces[self.rank], pieces[2 * self.ranks - 1 - self.rank]))
