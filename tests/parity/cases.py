@@ -47,6 +47,8 @@ def case(ranks: int, model: str = LLAMA, recipe: dict[str, Any] | None = None, *
 
 
 DATA = [
+    case(1, local=1),
+    case(1, QWEN, recipe=_ODD, local=2, offload=True),
     case(2),
     case(3, recipe=_ODD),
     case(4, QWEN),
