@@ -372,7 +372,7 @@ def weights_by_shard() -> Iterator[None]:
         yield
 
 
-@mutant("validation counts the rows that fill up its last batch", case(2, pp=2))
+@mutant("validation counts the rows that fill up its last batch", case(2, shard=2))
 def validation_counts_padding() -> Iterator[None]:
     def wrong(right: Any) -> Any:
         def evaluate(self: Any, batches: Any) -> Tensor:
