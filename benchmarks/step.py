@@ -101,7 +101,7 @@ def main() -> int:
 def report(found: dict[str, list[list[float]]], path: Path | None) -> None:
     from torchtitan_lite.models.llama3 import SPEC
 
-    flops = SPEC.flavors["debugmodel"].flops_per_token(SEQ_LEN) * BATCH * SEQ_LEN
+    flops = sum(SPEC.flavors["debugmodel"].flops_by_module(SEQ_LEN).values()) * BATCH * SEQ_LEN
     rate = statistics.median(run[2] for run in found["bare loop"])
     floor = flops / rate
     reference = statistics.median(run[0] for run in found["bare loop"])

@@ -34,24 +34,28 @@ def test_a_step_never_waits_for_the_device() -> None:
     import torch
 
     from tests.tiny import SPEC, TINY
-    from torchtitan_lite.assembly import TrainableModel
     from torchtitan_lite.config.schema import Comm, Debug, Optimizer
     from torchtitan_lite.data.loader import Batch
     from torchtitan_lite.distributed import runtime
+    from torchtitan_lite.distributed.context_parallel import SequenceShare
     from torchtitan_lite.models.common.initialize import initialize
     from torchtitan_lite.optim.gradients import clip_by_global_norm
     from torchtitan_lite.optim.optimizer import build_optimizer
+    from torchtitan_lite.trainable import Place, WholeModel
 
     here = runtime.start(Comm(), Debug())
     try:
         module = SPEC.build(TINY).to(here.device)
         initialize(module, 1, lambda name: SPEC.initial(name, TINY))
-        model, optimizer = TrainableModel(module, here.device), build_optimizer(Optimizer(), module.named_parameters())
+        place = Place(here.device, 32, SequenceShare("allgather", 0, 1), counts=True, reports=True)
+        model = WholeModel(module, place, whole_gradients=False)
+        optimizer = build_optimizer(Optimizer(), model.named_parameters())
         rows = torch.randint(TINY.vocab_size, (2, 33))
+        batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros((2, 32), dtype=torch.int64))
         for mode in ("default", "error"):  # the first step allocates
             torch.cuda.set_sync_debug_mode(mode)
-            model.forward_backward([Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())])
-            clip_by_global_norm(module.parameters(), 1.0)
+            model.forward_backward([batch])
+            clip_by_global_norm(model.parameters(), 1.0, None)
             optimizer.step()
             optimizer.zero_grad()
     finally:
