@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict
 
 from torchtitan_lite.checkpoint.storage import published_steps
+from torchtitan_lite.config import JobConfig
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed.environment import environment_ranks
 from torchtitan_lite.errors import UserError
@@ -58,17 +59,13 @@ def _train(plan: JobPlan, prepared: Prepared) -> None:
     from torchtitan_lite.trainer import Trainer
 
     here = runtime.start(plan.config.comm, plan.config.debug)
-    if here.device.type == "cpu" and plan.config.training.mixed_precision_param != "float32":
-        logger.info(
-            'bfloat16 is many times slower than float32 on most CPUs: training.mixed_precision_param = "float32"'
-        )
-    if here.device.type == "cpu" and plan.config.training.enable_cpu_offload:
-        logger.warning("training.enable_cpu_offload = true saves nothing: this machine has host memory only")
     try:
+        if here.device.type == "cpu":
+            _without_accelerator(plan.config)
         settings = flat(asdict(plan.config)) | flat(identity(plan, prepared))
-        # A folder that is not shared between nodes would have some resume and others start.
         if plan.pipeline is not None:
             settings["the schedule file's order"] = plan.pipeline.order
+        # A folder that is not shared between nodes would have some resume and others start.
         settings["checkpoints in the run folder"] = published_steps(plan.checkpoint_folder)
         runtime.require_equal_on_all_ranks(settings)
         if here.rank == 0:
@@ -76,6 +73,21 @@ def _train(plan: JobPlan, prepared: Prepared) -> None:
         Trainer(plan, prepared, here, RunLog(plan.folder, writes=here.rank == 0)).train()
     finally:
         runtime.stop()
+
+
+def _without_accelerator(config: JobConfig) -> None:
+    """Say what is slow or useless on a CPU. Raises UserError for what does not run there."""
+    if config.parallelism.enable_async_tensor_parallel:
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel = true needs CUDA's symmetric memory, and this torch has no "
+            "CUDA; set it to false"
+        )
+    if config.training.mixed_precision_param != "float32":
+        logger.info(
+            'bfloat16 is many times slower than float32 on most CPUs: training.mixed_precision_param = "float32"'
+        )
+    if config.training.enable_cpu_offload:
+        logger.warning("training.enable_cpu_offload = true saves nothing: this machine has host memory only")
 
 
 def already_finished(plan: JobPlan, step: int) -> str:

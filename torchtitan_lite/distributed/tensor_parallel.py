@@ -24,7 +24,6 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from torchtitan_lite.distributed.plans import TensorPlan
 from torchtitan_lite.distributed.units import matches
-from torchtitan_lite.errors import UserError
 
 _SEQUENCE, _HEADS, _VOCABULARY = Shard(1), Shard(2), Shard(-1)
 
@@ -56,11 +55,6 @@ def _settle(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 def enable_async(mesh: DeviceMesh) -> None:
     """Let the compiler cut collectives and the matrix products beside them into pieces that overlap; CUDA only."""
-    if mesh.device_type != "cuda":
-        raise UserError(
-            "parallelism.enable_async_tensor_parallel = true needs CUDA's symmetric memory, and this torch has no "
-            "CUDA; set it to false"
-        )
     import torch._inductor.config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
