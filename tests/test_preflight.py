@@ -104,7 +104,7 @@ def test_what_follows_is_told_in_words(recipe: Path) -> None:
         (
             ["--parallelism.fsdp_reshard_after_forward=never"],
             1,
-            r'^parallelism\.fsdp_reshard_after_forward = "never": no parameters are sharded on 1 rank, .*leave it at "default"',
+            r'^parallelism\.fsdp_reshard_after_forward = "never": no parameters are sharded on 1 rank, .*at "default"',
         ),
         (
             [

@@ -70,13 +70,14 @@ def _rendezvous(nodes: int) -> list[str]:
 
 def _torchrun(command: list[str], plan: JobPlan) -> int:
     """Run torchrun's own entry; it returns after the last rank, and passes signals on to all of them."""
-    try:
-        from torch.distributed import run
-        from torch.distributed.elastic.multiprocessing.api import SignalException
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.elastic.rendezvous import RendezvousError
-    except KeyboardInterrupt:
-        return 130
+    # No exception while torch is imported: some of what it imports swallows every one.
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    signal.signal(signal.SIGINT, before)
     # The ranks have printed what went wrong; the agent's own account of it is a page long.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):

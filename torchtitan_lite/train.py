@@ -1,9 +1,14 @@
 """Entry of one rank: `torchrun ... -m torchtitan_lite.train RECIPE.toml [--section.key=value ...]`."""
 
+import signal
+
+if __name__ == "__main__":
+    # Before the imports: an interrupt among them would print a traceback. See also _die_with_the_launcher.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import ctypes
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -109,11 +114,11 @@ def where_it_is(plan: JobPlan) -> str:
 
 
 def _die_with_the_launcher() -> None:
-    """End at once on Ctrl-C, and when the launcher is killed: ranks that train on would write beside the next start.
+    """End at once when the launcher is killed, as on Ctrl-C: ranks that train on would write beside the next start.
 
-    Python's own handler would wait for the collective or the rendezvous that the rank is in.
+    Ctrl-C has its default action since the first line: Python's own handler would wait for the collective or the
+    rendezvous that the rank is in.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
