@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torchtitan_lite.distributed.plans import TensorPlan
 from torchtitan_lite.distributed.units import matches
 
-_SEQUENCE, _HEADS, _VOCABULARY = Shard(1), Shard(2), Shard(-1)
+_SEQUENCE, _VOCABULARY = Shard(1), Shard(-1)
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan, *, loss_parallel: bool) -> None:
