@@ -3,8 +3,6 @@
 All of them, with their numbers: `make parity` and `make mutants`.
 """
 
-from pathlib import Path
-
 import pytest
 
 from tests.parity.__main__ import parity_corpus
@@ -12,29 +10,16 @@ from tests.parity.cases import BFLOAT16, CASES
 from tests.parity.mutant import Mutant
 from tests.parity.mutants import MUTANTS
 from tests.parity.mutate import caught_by
-from tests.parity.runner import BF16_LIMITS, LIMITS, Case, Result, base_recipe, compare, exceeded, run_case
+from tests.parity.runner import BF16_LIMITS, LIMITS, Alone, Case, base_recipe, compare, exceeded, run_case
 from tests.ranks import RankPool
 
 _STEPS = 4  # enough for a difference to feed back through clipping and the optimizer
 
 
-class Alone:
-    """Single processes, each run once for all the cases that are held to it."""
-
-    def __init__(self, pool: RankPool, recipe: Path) -> None:
-        self.pool, self.recipe, self.results = pool, recipe, dict[str, Result]()
-
-    def of(self, case: Case) -> Result:
-        key = " ".join(case.alone.arguments())
-        if key not in self.results:
-            self.results[key] = run_case(self.pool, self.recipe, case.alone, _STEPS)
-        return self.results[key]
-
-
 @pytest.fixture(scope="module")
 def alone(pool: RankPool, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     folder = tmp_path_factory.mktemp("parity")
-    return Alone(pool, base_recipe(folder, parity_corpus(folder), folder / "cache"))
+    return Alone(pool, base_recipe(folder, parity_corpus(folder), folder / "cache"), _STEPS)
 
 
 def _ids(case: Case) -> str:
@@ -65,7 +50,7 @@ _KINDS = (
 
 @pytest.mark.parametrize("name", _KINDS)
 def test_the_comparison_catches_a_bug(alone: Alone, name: str) -> None:
-    assert caught_by(alone.pool, alone.recipe, mutant_named(name), {})
+    assert caught_by(alone, mutant_named(name))
 
 
 def mutant_named(name: str) -> Mutant:

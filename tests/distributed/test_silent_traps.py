@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torchtitan_lite
-from tests.distributed.test_parity import Alone, mutant_named
 from tests.distributed.test_parity import alone as alone  # the fixture
+from tests.distributed.test_parity import mutant_named
 from tests.parity.mutate import caught_by
+from tests.parity.runner import Alone
 from tests.ranks import RankPool
 from tests.test_trainer import _run
 from tests.tiny import write_recipe
@@ -33,7 +34,7 @@ PACKAGE = Path(torchtitan_lite.__file__).parent
 )
 def test_stepping_into_it_changes_the_numbers_and_parity_says_so(alone: Alone, name: str) -> None:
     # caught_by also holds the product as it is to the single process, on the mesh where the trap lies.
-    assert caught_by(alone.pool, alone.recipe, mutant_named(name), {})
+    assert caught_by(alone, mutant_named(name))
 
 
 def _gathered_gradients() -> tuple[bool, bool]:

@@ -14,9 +14,9 @@ from tests.parity.runner import (
     BF16_LIMITS,
     LIMITS,
     STEPS,
+    Alone,
     Case,
     Difference,
-    Result,
     base_recipe,
     compare,
     exceeded,
@@ -39,15 +39,12 @@ def main() -> int:
         folder = Path(name)
         recipe = base_recipe(folder, parity_corpus(folder), folder / "cache")
         pool = RankPool(8)
-        alone: dict[str, Result] = {}
+        alone = Alone(pool, recipe)
         try:
             for case in (case for case in [*CASES, *BFLOAT16] if options.only in f"{case.model} {case.name}"):
                 started = time.perf_counter()
                 limits = BF16_LIMITS if case in BFLOAT16 else LIMITS
-                key = " ".join(case.alone.arguments())
-                if key not in alone:
-                    alone[key] = run_case(pool, recipe, case.alone)
-                difference = compare(run_case(pool, recipe, case), alone[key])
+                difference = compare(run_case(pool, recipe, case), alone.of(case))
                 rows.append((case, difference))
                 beyond = exceeded(difference, limits)
                 failures += bool(beyond)

@@ -10,7 +10,7 @@ from tests.parity.__main__ import parity_corpus
 from tests.parity.mutant import Mutant
 from tests.parity.mutants import MUTANTS
 from tests.parity.report import write_section
-from tests.parity.runner import Result, base_recipe, compare, exceeded, run_case
+from tests.parity.runner import Alone, base_recipe, compare, exceeded, run_case
 from tests.ranks import RankError, RankPool
 
 _STEPS = 2
@@ -28,10 +28,10 @@ def main() -> int:
         folder = Path(name)
         recipe = base_recipe(folder, parity_corpus(folder), folder / "cache")
         pool = RankPool(8)
-        alone: dict[str, Result] = {}
+        alone = Alone(pool, recipe, _STEPS)
         try:
             for mutant in chosen:
-                caught = caught_by(pool, recipe, mutant, alone)
+                caught = caught_by(alone, mutant)
                 missed += not caught
                 print(
                     f"{'caught' if caught else 'MISSED'}  {mutant.bug:<88} {mutant.case.name:<40} {caught}", flush=True
@@ -46,20 +46,18 @@ def main() -> int:
     return 1 if missed else 0
 
 
-def caught_by(pool: RankPool, recipe: Path, mutant: Mutant, alone: dict[str, Result]) -> str:
+def caught_by(alone: Alone, mutant: Mutant) -> str:
     """What of the comparison shows the bug; empty where nothing does. The right product must pass on that mesh."""
-    key = " ".join(mutant.case.alone.arguments())
-    if key not in alone:
-        alone[key] = run_case(pool, recipe, mutant.case.alone, _STEPS)
-    if beyond := exceeded(compare(run_case(pool, recipe, mutant.case, _STEPS), alone[key])):
+    expected = alone.of(mutant.case)
+    if beyond := exceeded(compare(run_case(alone.pool, alone.recipe, mutant.case, alone.steps), expected)):
         raise AssertionError(f"{mutant.case}: fails without the bug: {beyond}")
     try:
-        found = run_case(pool, recipe, mutant.case, _STEPS, mutant.apply)
+        found = run_case(alone.pool, alone.recipe, mutant.case, alone.steps, mutant.apply)
     except RankError:
         raise  # a bug that cannot run proves nothing
     except AssertionError as error:
         return str(error).partition(": ")[2].partition("\n")[0]
-    difference = compare(found, alone[key])
+    difference = compare(found, expected)
     return ", ".join(f"{name} {value:.0e}" for name, value in exceeded(difference).items())
 
 

@@ -107,6 +107,20 @@ def run_case(
     return Result(losses, parts[0][1], parts[0][2], grads)
 
 
+class Alone:
+    """Single processes of so many steps, each run once for all the cases that are held to it."""
+
+    def __init__(self, pool: RankPool, recipe: Path, steps: int = STEPS) -> None:
+        self.pool, self.recipe, self.steps = pool, recipe, steps
+        self._results: dict[str, Result] = {}
+
+    def of(self, case: Case) -> Result:
+        key = " ".join(case.alone.arguments())
+        if key not in self._results:
+            self._results[key] = run_case(self.pool, self.recipe, case.alone, self.steps)
+        return self._results[key]
+
+
 def compare(found: Result, expected: Result) -> Difference:
     assert set(found.grads) == set(expected.grads), set(found.grads) ^ set(expected.grads)
 
