@@ -5,6 +5,7 @@ from pathlib import Path
 
 from docs.examples.minimal_gpt import SPEC as GPT
 from docs.examples.minimal_gpt import GPTArgs
+from torchtitan_lite.models.common.moe_shape import MoEShape
 from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.models.llama3.args import Llama3Args
 from torchtitan_lite.models.qwen3 import SPEC as QWEN3
@@ -21,6 +22,11 @@ DEEP_LLAMA = replace(
     LLAMA3, name="deep_llama", flavors={"untied": _DEEP_LLAMA, "tied": replace(_DEEP_LLAMA, tied=True)}
 )
 DEEP_QWEN = replace(QWEN3, name="deep_qwen", flavors={"untied": _DEEP_QWEN, "tied": replace(_DEEP_QWEN, tied=True)})
+# Experts enough for 4 ranks, and a width that 3 divide; shared: with an expert that all tokens meet.
+_MOE = Qwen3Args(64, 4, 8, 4, 48, head_dim=16, vocab_size=384, max_seq_len=512, moe=MoEShape(8, 2))
+MOE = replace(
+    QWEN3, name="tiny_moe", flavors={"routed": _MOE, "shared": replace(_MOE, moe=MoEShape(8, 2, num_shared_experts=1))}
+)
 SMALL_GPT = replace(GPT, name="small_gpt", flavors={"untied": GPTArgs(64, 4, 4, vocab_size=384, max_seq_len=512)})
 
 

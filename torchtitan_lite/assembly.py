@@ -3,8 +3,11 @@
 The order in which techniques are applied stands here, each with its reason.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +17,19 @@ from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.compile import apply_compile
 from torchtitan_lite.distributed.context_parallel import SequenceShare, apply_context_parallel
 from torchtitan_lite.distributed.data_parallel import DataPlan, apply_data_parallel
-from torchtitan_lite.distributed.mesh import axis, data_axes
+from torchtitan_lite.distributed.expert_parallel import apply_expert_parallel
+from torchtitan_lite.distributed.mesh import axis, data_axes, expert_axes, sequence_axes
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.distributed.plans import ParallelPlan
 from torchtitan_lite.distributed.tensor_parallel import apply_tensor_parallel, enable_async
-from torchtitan_lite.distributed.units import require_names, take_out_other_stages
+from torchtitan_lite.distributed.units import matches, require_names, take_out_other_stages
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.spec import ModelSpec
 from torchtitan_lite.trainable import Place, TrainableModel, WholeModel
+
+if TYPE_CHECKING:
+    from torchtitan_lite.balance import Balance
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) 
     Peak memory is this rank's share: the whole model exists on the meta device only.
     """
     config, pipeline, at = recipe.config, recipe.pipeline, recipe.dims.coordinate(rank)
+    axes = _Axes(mesh, data_axes(mesh), *expert_axes(mesh, recipe.dims.ep))
     share = SequenceShare(config.parallelism.context_parallel_rotate_method, at["cp"], recipe.dims.cp)
     place = Place(
         device,
@@ -55,15 +63,25 @@ def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) 
         reports=at["tp"] == 0,
     )
     if pipeline is None:
-        module = _spread(recipe, _built(recipe, None), mesh, device)
-        return WholeModel(module, place, whole_gradients=not _frees_parameters(recipe))
+        module = _spread(recipe, _built(recipe, None), axes, device)
+        return WholeModel(module, place, _balance(recipe, [module], device), whole_gradients=not _frees_parameters(recipe))
     from torchtitan_lite.staged import StagedModel
 
     stages = axis(mesh, "pp")
     assert stages is not None
-    parts = [_spread(recipe, _built(recipe, stage), mesh, device) for stage in pipeline.stages_of(at["pp"])]
+    parts = [_spread(recipe, _built(recipe, stage), axes, device) for stage in pipeline.stages_of(at["pp"])]
     # The schedule last: it runs the stages as everything else has left them.
-    return StagedModel(parts, place, stages, pipeline, lambda stage: _edges(recipe, stage))
+    return StagedModel(parts, place, _balance(recipe, parts, device), stages, pipeline, lambda stage: _edges(recipe, stage))
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """mesh: all ranks. data: of parameters (see data_axes). experts, ep: of experts (see expert_axes)."""
+
+    mesh: DeviceMesh
+    data: DeviceMesh
+    experts: DeviceMesh
+    ep: DeviceMesh | None
 
 
 def _built(recipe: Recipe, stage: int | None) -> nn.Module:
@@ -78,9 +96,9 @@ def _built(recipe: Recipe, stage: int | None) -> nn.Module:
     return module
 
 
-def _spread(recipe: Recipe, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device) -> nn.Module:
     """All techniques but the pipeline, on a module on meta; returns it materialised and initialised."""
-    config, plan = recipe.config, recipe.plan
+    config, plan, mesh = recipe.config, recipe.plan, axes.mesh
     tensor, context = axis(mesh, "tp"), axis(mesh, "cp")
     # Wraps attention, which has no parameters: before the others see the modules that are there in the end.
     if context is not None and plan.context is not None:
@@ -91,6 +109,11 @@ def _spread(recipe: Recipe, module: nn.Module, mesh: DeviceMesh, device: torch.d
         if config.parallelism.enable_async_tensor_parallel:
             enable_async(tensor)
         apply_tensor_parallel(module, tensor, plan.tensor, loss_parallel=not config.parallelism.disable_loss_parallel)
+    # Shares out the matrices that tensor parallelism has left apart, before FSDP shards each.
+    if plan.experts is not None:
+        _route(recipe, module, mesh, device)
+        if axes.ep is not None:
+            apply_expert_parallel(module, axes.ep, plan.experts, halves=config.moe.overlap_halves)
     # After what changes a block's graph, before FSDP, whose hooks stay outside the graphs.
     if config.compile.enable:
         apply_compile(module, plan, config.compile.backend)
@@ -104,12 +127,57 @@ def _spread(recipe: Recipe, module: nn.Module, mesh: DeviceMesh, device: torch.d
             config.training.mixed_precision_reduce,
             _frees_parameters(recipe),
             offload,
+            f"{plan.experts.moe}.experts" if plan.experts else None,
         )
-        apply_data_parallel(module, data_axes(mesh), data)
+        apply_data_parallel(module, axes.data, data, axes.experts)
     # Materialised after sharding, so that each rank allocates and draws its shards only.
     module.to_empty(device="cpu" if offload else device)
+    if offload:
+        _keep_buffers_on(module, device)
     initialize(module, config.debug.seed, lambda name: recipe.spec.initial(name, recipe.args))
     return module
+
+
+def _route(recipe: Recipe, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
+    """Give mixtures the recipe's rules, and what they must know of the ranks that hold other tokens of a sample."""
+    # Here: a dense model does without.
+    from torchtitan_lite.models.common.moe import apply_routing
+    from torchtitan_lite.models.common.routing import Rules, Sharers
+
+    assert recipe.plan.experts is not None
+    config, seq_len, cp = recipe.config, recipe.config.training.seq_len, recipe.dims.cp
+    factor = config.moe.capacity_factor
+    rules = Rules(
+        config.moe.aux_loss_coeff,
+        config.moe.z_loss_coeff,
+        None if factor == -1 else factor,
+        config.debug.moe_force_load_balance,
+    )
+    sharing, sharers = sequence_axes(mesh), None
+    if sharing is not None:
+        method = config.parallelism.context_parallel_rotate_method
+        # Tensor-parallel ranks hold parts of what is a context-parallel rank's, in order.
+        positions = torch.cat([SequenceShare(method, rank, cp).positions(seq_len) for rank in range(cp)])
+        sharers = Sharers(sharing.get_group(), positions.to(device))
+    apply_routing(module, recipe.plan.experts.moe, rules, sharers)
+
+
+def _balance(recipe: Recipe, parts: Sequence[nn.Module], device: torch.device) -> Balance | None:
+    if recipe.plan.experts is None:
+        return None
+    from torchtitan_lite.balance import Balance
+
+    with torch.device("meta"):
+        whole = recipe.spec.build(recipe.args)
+    names = [name for name, _ in whole.named_modules() if matches(name, recipe.plan.experts.moe)]
+    return Balance(parts, names, recipe.plan.experts.num_experts, recipe.config.moe.bias_update_rate, device)
+
+
+def _keep_buffers_on(module: nn.Module, device: torch.device) -> None:
+    """Parameters are brought to the device as they are needed; buffers stay where they are used."""
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
 
 
 def _frees_parameters(recipe: Recipe) -> bool:

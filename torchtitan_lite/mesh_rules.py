@@ -10,7 +10,7 @@ from math import gcd, lcm
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
-from torchtitan_lite.distributed.plans import ParallelPlan
+from torchtitan_lite.distributed.plans import ParallelPlan, capacity
 from torchtitan_lite.errors import UserError
 
 
@@ -27,11 +27,12 @@ class Case:
 
 
 def model_declares_the_technique(case: Case) -> None:
-    degrees = {"tensor": case.dims.tp, "context": case.dims.cp, "pipeline": case.dims.pp}
-    offers = {"tensor": case.plan.tensor, "context": case.plan.context, "pipeline": case.plan.stages}
+    dims, plan = case.dims, case.plan
+    degrees = {"tensor": dims.tp, "context": dims.cp, "expert": dims.ep, "pipeline": dims.pp}
+    offers = {"tensor": plan.tensor, "context": plan.context, "expert": plan.experts, "pipeline": plan.stages}
     for technique, degree in degrees.items():
         if degree > 1 and not offers[technique]:
-            reason = case.plan.without.get(technique, "its plan does not say where it would attach")
+            reason = plan.without.get(technique, "its plan does not say where it would attach")
             raise UserError(
                 f"parallelism.{technique}_parallel_degree = {degree}: {case.model} has no {technique} parallelism: "
                 f"{reason}; set it to 1"
@@ -81,6 +82,36 @@ def heads_divide_over_context_ranks(case: Case) -> None:
         )
 
 
+def top_k_is_within_the_experts(case: Case) -> None:
+    experts = case.plan.experts
+    if experts and not 1 <= experts.top_k <= experts.num_experts:
+        raise UserError(
+            f"{case.model}: top_k = {experts.top_k}, and there are {experts.num_experts} experts; valid: 1 to "
+            f"{experts.num_experts}"
+        )
+
+
+def expert_degree_divides_the_experts(case: Case) -> None:
+    experts, ep = case.plan.experts, case.dims.ep
+    if experts and experts.num_experts % ep:
+        both = gcd(experts.num_experts, case.dims.dp_shard * case.dims.cp)
+        raise UserError(
+            f"parallelism.expert_parallel_degree = {ep} does not divide the {experts.num_experts} experts of "
+            f"{case.model}; valid on {case.dims}: {divisors(both)}"
+        )
+
+
+def capacity_takes_a_token(case: Case) -> None:
+    experts, factor, seq_len = case.plan.experts, case.config.moe.capacity_factor, case.config.training.seq_len
+    if experts and factor != -1 and capacity(factor, seq_len, experts.top_k, experts.num_experts) < 1:
+        least = experts.num_experts / (seq_len * experts.top_k)
+        raise UserError(
+            f"moe.capacity_factor = {factor} drops every token: {factor} x {seq_len} tokens x {experts.top_k} choices / "
+            f"{experts.num_experts} experts of {case.model} is less than one; valid: {least:.3g} or more, or -1 to "
+            "drop none"
+        )
+
+
 def split_backward_needs_whole_parameters(case: Case) -> None:
     """torch's zero-bubble schedules with FSDP2 that frees parameters in between give wrong gradients, silently."""
     policy = case.config.parallelism.fsdp_reshard_after_forward
@@ -109,7 +140,10 @@ def compile_needs_blocks(case: Case) -> None:
 
 def reshard_needs_shards(case: Case) -> None:
     policy = case.config.parallelism.fsdp_reshard_after_forward
-    if policy != "default" and case.dims.dp_shard * case.dims.cp == 1:
+    shards = case.dims.dp_shard * case.dims.cp
+    if case.plan.experts:
+        shards *= case.dims.tp  # over which experts are sharded too
+    if policy != "default" and shards == 1:
         raise UserError(
             f'parallelism.fsdp_reshard_after_forward = "{policy}": no parameters are sharded on {case.dims}, there is '
             'nothing to gather again; leave it at "default"'
@@ -122,6 +156,9 @@ RULES: tuple[Callable[[Case], None], ...] = (
     sequence_fits_the_model,
     sequence_divides_over_its_ranks,
     heads_divide_over_context_ranks,
+    top_k_is_within_the_experts,
+    expert_degree_divides_the_experts,
+    capacity_takes_a_token,
     split_backward_needs_whole_parameters,
     split_backward_is_not_compiled,
     compile_needs_blocks,
@@ -129,8 +166,11 @@ RULES: tuple[Callable[[Case], None], ...] = (
 )
 
 
-def without_effect(config: JobConfig) -> list[str]:
-    """Keys that a recipe changes and that do nothing on its mesh, each with the reason."""
+def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
+    """Keys that a recipe changes and that do nothing on its mesh or its model, each with the reason.
+
+    experts: whether the model has some.
+    """
     parallelism, defaults = config.parallelism, type(config.parallelism)()
     needs: Iterable[tuple[str, Iterable[str]]] = (
         ("tensor_parallel_degree", ("disable_loss_parallel",)),
@@ -154,6 +194,14 @@ def without_effect(config: JobConfig) -> list[str]:
     ]
     if not config.compile.enable and config.compile.backend != type(config.compile)().backend:
         idle.append(f"compile.backend = {config.compile.backend} has no effect while compile.enable = false")
+    moe, untouched = config.moe, type(config.moe)()
+    if not experts:
+        changed = {f"moe.{key}": value for key, value in vars(moe).items() if value != getattr(untouched, key)}
+        if config.debug.moe_force_load_balance:
+            changed["debug.moe_force_load_balance"] = True
+        idle += [f"{key} = {value} has no effect on a model without experts" for key, value in changed.items()]
+    elif moe.overlap_halves and parallelism.expert_parallel_degree == 1:
+        idle.append("moe.overlap_halves = True has no effect while parallelism.expert_parallel_degree = 1")
     return idle
 
 

@@ -57,9 +57,11 @@ class JobPlan:
     def derived(self) -> list[tuple[str, str]]:
         """What followed from recipe and world size, for the log: (what, value)."""
         training = self.config.training
-        parameters = self.model_args.parameter_count()
+        parameters = f"{self.model_args.parameter_count():,} parameters"
+        if self.parallel.experts is not None:
+            parameters += f", {self.model_args.active_parameter_count():,} of them active for a token"
         lines = [
-            ("model", f"{self.spec.name} {self.config.model.flavor}, {parameters:,} parameters"),
+            ("model", f"{self.spec.name} {self.config.model.flavor}, {parameters}"),
             ("mesh", str(self.dims)),
             (
                 "batch",
@@ -74,7 +76,7 @@ class JobPlan:
 
     def warnings(self) -> list[str]:
         """What is legal and probably not meant."""
-        found = without_effect(self.config)
+        found = without_effect(self.config, experts=self.parallel.experts is not None)
         if self.pipeline is not None and self.pipeline.microbatches - self.pipeline.padding < len(self.pipeline.stages):
             found.append(
                 f"{self.pipeline.microbatches - self.pipeline.padding} micro-batches for {len(self.pipeline.stages)} "
@@ -88,7 +90,6 @@ def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> J
     """Load a recipe and resolve it for `world_size` ranks. Touches no file but recipes. Raises UserError."""
     config = load_config(recipe, overrides)
     dims = ParallelDims.from_config(config.parallelism, world_size)
-    dims.refuse_what_is_not_built()
     spec, args = find_model(config.model)
     folder = run_folder(config, recipe)
     config = resolve(config, dims.dp_shard, dims.batch_ranks, str(folder))

@@ -21,7 +21,7 @@ def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str)
         "recipe": str(plan.recipe),
         "config": asdict(plan.config),
         "derived": dict(plan.derived()),
-        "mesh": plan.dims.degrees,
+        "mesh": {**plan.dims.degrees, "ep": plan.dims.ep},
         "world_size": plan.dims.world_size,
         "device": device_name,
         "versions": _versions(),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torchtitan_lite.distributed.pipeline import apply_pipeline_parallel, forwar
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
 from torchtitan_lite.trainable import Place, TrainableModel
+
+if TYPE_CHECKING:
+    from torchtitan_lite.balance import Balance
 
 
 class StagedModel(TrainableModel):
@@ -25,11 +28,12 @@ class StagedModel(TrainableModel):
         self,
         parts: Sequence[nn.Module],
         place: Place,
+        balance: "Balance | None",
         mesh: DeviceMesh,
         plan: PipelinePlan,
         edges: Callable[[int], tuple[Tensor, Tensor]],
     ) -> None:
-        super().__init__(parts, place)
+        super().__init__(parts, place, balance)
         own = plan.stages_of(mesh.get_local_rank())
         self._microbatches, self._first, self._last = plan.microbatches, 0 in own, len(plan.stages) - 1 in own
         self._divisor = torch.ones((), dtype=torch.int64, device=place.device)
@@ -41,8 +45,8 @@ class StagedModel(TrainableModel):
         )
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
-        self._divisor = self.valid_tokens(batches)
-        return self.reported(self._run(self._schedule.step, batches))
+        self._divisor, samples = self.valid_counts(batches)
+        return self.reported(self._run(self._schedule.step, batches, samples))
 
     def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         self._divisor = torch.ones_like(self._divisor)
@@ -56,12 +60,16 @@ class StagedModel(TrainableModel):
             with forward_only(self._schedule):
                 yield self._run(self._schedule.eval, [*some, *[empty] * (self._microbatches - len(some))])
 
-    def _run(self, call: Callable[..., Any], batches: Sequence[Batch]) -> Tensor:
+    def _run(self, call: Callable[..., Any], batches: Sequence[Batch], samples: Tensor | None = None) -> Tensor:
+        """samples: of the global batch, where it is trained on."""
         tokens = (self.part_of(torch.cat([batch.tokens for batch in batches])),) if self._first else ()
         labels = self.part_of(torch.cat([batch.labels for batch in batches])) if self._last else None
         documents = [batch.documents for batch in batches if batch.documents is not None]
         # Moved here: FSDP would move it too, from memory that is not pinned.
         given = {"documents": self.on_device(torch.cat(documents))} if documents else {}
+        if samples is not None and self.balance is not None:
+            weights = [self.sample_weights(batch, samples) for batch in batches]
+            given["weights_B"] = torch.cat([each for each in weights if each is not None])
         losses: list[Tensor] = []
         call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
         if not losses:
@@ -74,4 +82,4 @@ class StagedModel(TrainableModel):
     def _with_arguments(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, self.arguments(kwargs.get("documents"))
+        return args, self.arguments(kwargs.get("documents"), kwargs.get("weights_B"))

@@ -6,6 +6,7 @@ A rank's micro-batches are whole sequences; ranks that share a sequence read the
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.distributed.context_parallel import SequenceShare, document_mask
 from torchtitan_lite.distributed.data_parallel import reduce_gradients
 from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
+
+if TYPE_CHECKING:
+    from torchtitan_lite.balance import Balance
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,13 @@ class Place:
 
 
 class TrainableModel(ABC):
-    """parts: this rank's modules, one or a pipeline's stages; no two hold a parameter of the same name."""
+    """parts: this rank's modules, one or a pipeline's stages; no two hold a parameter of the same name.
 
-    def __init__(self, parts: Sequence[nn.Module], place: Place) -> None:
-        self.parts, self.place = list(parts), place
+    balance: of the model's experts; None for a dense one.
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], place: Place, balance: "Balance | None") -> None:
+        self.parts, self.place, self.balance = list(parts), place, balance
         self._rows = place.share.positions(place.seq_len)
         self._positions = self._rows.to(place.device)
         self._queries = place.share.query_positions(place.seq_len).to(place.device)
@@ -84,10 +91,12 @@ class TrainableModel(ABC):
         """This rank's positions of whole sequences [batch, seq], on its device."""
         return self.on_device(rows if self._whole else rows[:, self._rows])
 
-    def arguments(self, documents: Tensor | None) -> dict[str, Tensor | None]:
-        """What a model's forward takes beside tokens; documents: whole sequences [batch, seq]."""
+    def arguments(self, documents: Tensor | None, weights_B: Tensor | None) -> dict[str, Tensor | None]:
+        """What a model's forward takes beside tokens; documents: whole sequences [batch, seq]; weights_B: as from
+        sample_weights."""
         mask = None if documents is None else document_mask(self.on_device(documents), self._queries)
-        return {"positions_L": self._positions, "mask": mask}
+        routing = {} if weights_B is None else {"weights_B": weights_B}
+        return {"positions_L": self._positions, "mask": mask, **routing}
 
     def on_device(self, host: Tensor) -> Tensor:
         if host.device.type == self.place.device.type:
@@ -99,29 +108,41 @@ class TrainableModel(ABC):
         """This rank's part of a sum over all ranks: zero where another one has the same loss."""
         return loss if self.place.reports else torch.zeros_like(loss)
 
-    def valid_tokens(self, batches: Sequence[Batch]) -> Tensor:
-        """Tokens with a label in the global batch: int64 scalar; a float32 would round sums above 2^24."""
-        local = sum(int((batch.labels != IGNORE).sum()) for batch in batches) if self.place.counts else 0
+    def valid_counts(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """Tokens with a label and samples with one in the global batch: int64 scalars; a float32 would round sums
+        above 2^24."""
+        rows = [(batch.labels != IGNORE).sum(1) for batch in batches] if self.place.counts else []
+        tokens, samples = sum(int(row.sum()) for row in rows), sum(int((row > 0).sum()) for row in rows)
         # Filled on the device: a copy from the host would wait for it.
-        count = torch.full((), local, dtype=torch.int64, device=self.place.device)
-        dist.all_reduce(count)
-        return count
+        counts = torch.full((2,), tokens, dtype=torch.int64, device=self.place.device)
+        counts[1].fill_(samples)
+        dist.all_reduce(counts)
+        return counts[0], counts[1]
+
+    def sample_weights(self, batch: Batch, samples: Tensor) -> Tensor | None:
+        """Of each sample in a mean over the `samples` of the global batch: float32 [batch], 0 where one has no label;
+        None where nothing is averaged so."""
+        if self.balance is None:
+            return None
+        return self.on_device((batch.labels != IGNORE).any(1)) / samples
 
 
 class WholeModel(TrainableModel):
     """A rank that holds (its shards of) all layers. whole_gradients: see reduce_gradients."""
 
-    def __init__(self, module: nn.Module, place: Place, *, whole_gradients: bool) -> None:
-        super().__init__([module], place)
+    def __init__(
+        self, module: nn.Module, place: Place, balance: "Balance | None", *, whole_gradients: bool
+    ) -> None:
+        super().__init__([module], place, balance)
         self._whole_gradients = whole_gradients
 
     def forward_backward(self, batches: Sequence[Batch]) -> Tensor:
         (module,) = self.parts
-        valid = self.valid_tokens(batches)
+        valid, samples = self.valid_counts(batches)
         total = torch.zeros((), device=self.place.device)
         for index, batch in enumerate(batches):
             reduce_gradients(module, index == len(batches) - 1, whole=self._whole_gradients)
-            loss = self._loss_sum(batch) / valid
+            loss = self._loss_sum(batch, self.sample_weights(batch, samples)) / valid
             loss.backward()
             total += loss.detach()
         return self.reported(total)
@@ -129,7 +150,7 @@ class WholeModel(TrainableModel):
     def loss_sums(self, batches: Iterable[Batch]) -> Iterator[Tensor]:
         return (self._loss_sum(batch) for batch in batches)
 
-    def _loss_sum(self, batch: Batch) -> Tensor:
+    def _loss_sum(self, batch: Batch, weights_B: Tensor | None = None) -> Tensor:
         (module,) = self.parts
-        logits = module(self.part_of(batch.tokens), **self.arguments(batch.documents))
+        logits = module(self.part_of(batch.tokens), **self.arguments(batch.documents, weights_B))
         return token_loss_sum(logits, self.part_of(batch.labels))

@@ -31,12 +31,14 @@ class StepResult:
     """Device tensors, read only where a step is logged.
 
     loss: this rank's part, float32 scalar; the parts of all ranks sum to the loss. grad_norm: global, before
-    clipping, float64 scalar. lr: the rate of the step.
+    clipping, float64 scalar. lr: the rate of the step. routed: what went to which expert (see Balance.step), None for a
+    dense model.
     """
 
     loss: Tensor
     grad_norm: Tensor
     lr: float
+    routed: Tensor | None
 
 
 class Trainer:
@@ -109,9 +111,10 @@ class Trainer:
         grad_norm = clip_by_global_norm(self.model.parameters(), self.config.training.max_norm, self.stages)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        routed = None if self.model.balance is None else self.model.balance.step()
         seen = self.progress.tokens_seen + self.plan.tokens_per_step
         self.progress = Progress(self.progress.step + 1, self.loader.position, seen)
-        return StepResult(loss, grad_norm, rate)
+        return StepResult(loss, grad_norm, rate, routed)
 
     def _next_batches(self, step: int) -> list[Batch]:
         if self.config.metrics.log_sample_ids and self.log.writes:
@@ -136,10 +139,14 @@ class Trainer:
             **self.clock.record(),
             "memory_peak_gib": memory.item(),
         }
+        if result.routed is not None:
+            from torchtitan_lite.balance import routing_record
+
+            record |= routing_record(result.routed)
         self.log.metrics(record)
         logger.info(console_line(record, self.config.training.steps))
         if tensorboard is not None:
-            scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
+            scalars = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
             tensorboard.write(self.progress.step, scalars)
 
     def _validate(self, store: SampleStore, tensorboard: TensorBoard | None) -> None:

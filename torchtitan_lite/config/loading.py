@@ -23,12 +23,11 @@ _NOT_YET_KEYS = {
     "initial_load_in_hf initial_load_model_only initial_load_path last_save_in_hf last_save_model_only load_only "
     "load_step",
     "comm": "mode save_traces_folder trace_buf_size",
-    "debug": "moe_force_load_balance",
     "job": "print_config save_config_file custom_config_module",
     "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
     "model": "converters hf_assets_path print_after_conversion",
     "compile": "components",
-    "parallelism": "enable_compiled_autograd expert_parallel_comm_backend expert_tensor_parallel_degree",
+    "parallelism": "enable_compiled_autograd",
     "training": "dtype gc_debug",
     "validation": "dataset dataset_path seq_len",
 }

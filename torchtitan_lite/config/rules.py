@@ -95,6 +95,14 @@ def csv_schedule_names_a_file(config: JobConfig) -> None:
         )
 
 
+def experts_are_not_split(config: JobConfig) -> None:
+    if (degree := config.parallelism.expert_tensor_parallel_degree) > 1:
+        raise UserError(
+            f"parallelism.expert_tensor_parallel_degree = {degree}: tensor parallelism does not split experts, whose "
+            "matrices are small; its ranks take whole ones, and share them under FSDP; set it to 1"
+        )
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     stdlib_dataset_takes_no_path,
@@ -105,4 +113,5 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     async_tensor_parallel_needs_compile,
     one_way_to_cut_a_pipeline,
     csv_schedule_names_a_file,
+    experts_are_not_split,
 )

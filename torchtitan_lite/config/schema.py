@@ -171,7 +171,39 @@ class Parallelism:
     Empty: as pipeline_parallel_layers_per_stage says."""
 
     expert_parallel_degree: int = setting(1, minimum=1)
-    """Ranks that share the experts of a mixture."""
+    """Ranks that share the experts of a mixture; they are ranks of the data and context axes too, whose product this
+    divides."""
+
+    expert_parallel_comm_backend: Literal["standard"] = "standard"
+    """How tokens travel to their experts; `standard`: all-to-all collectives of torch."""
+
+    expert_tensor_parallel_degree: int = setting(1, minimum=1)
+    """Ranks that share the matrix products of an expert; 1 only. Under tensor parallelism each rank routes its part of
+    the sequence, and experts are spread over its ranks whole."""
+
+
+@dataclass(frozen=True)
+class MoE:
+    """How tokens are spread over the experts of a mixture."""
+
+    bias_update_rate: float = setting(1e-3, minimum=0.0)
+    """After each step the bias with which an expert is chosen moves so much up where it had fewer tokens than the mean,
+    down where it had more (arXiv:2408.15664). TorchTitan's load_balance_coeff. 0: not at all."""
+
+    aux_loss_coeff: float = setting(0.0, minimum=0.0)
+    """Weight of the balance loss (arXiv:2101.03961), taken over each sample, summed over layers; 1 where all experts
+    have as much."""
+
+    z_loss_coeff: float = setting(0.0, minimum=0.0)
+    """Weight of the mean squared log-sum-exp of router logits (arXiv:2202.08906), summed over layers."""
+
+    capacity_factor: float = setting(-1.0, above=0.0, auto=-1)
+    """An expert takes at most so many times its even share of the tokens of a sample, the first ones; the rest pass it
+    by. -1: no token is dropped."""
+
+    overlap_halves: bool = False
+    """Under expert parallelism: send a rank's tokens to their experts in two halves, of which one travels while the
+    other computes."""
 
 
 @dataclass(frozen=True)
@@ -315,13 +347,16 @@ class Compile:
 
 @dataclass(frozen=True)
 class Debug:
-    """Reproducibility."""
+    """Reproducibility, and what benchmarks change."""
 
     seed: int = setting(42, minimum=0, maximum=2**63 - 1)
     """Seed of initial weights and of the order of samples."""
 
     deterministic: bool = False
     """Deterministic kernels only; an operation without one raises."""
+
+    moe_force_load_balance: bool = False
+    """Send tokens to experts in turn instead of by their scores: a benchmark's even load. Does not train a router."""
 
 
 @dataclass(frozen=True)
@@ -332,6 +367,7 @@ class JobConfig:
     model: Model = field(default_factory=Model)
     training: Training = field(default_factory=Training)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    moe: MoE = field(default_factory=MoE)
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

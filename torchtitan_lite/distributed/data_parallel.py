@@ -5,6 +5,7 @@ gives all of them the same names, dtypes and reductions (docs/decisions/0003-dat
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -12,8 +13,9 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
-from torchtitan_lite.distributed.units import unit_modules
+from torchtitan_lite.distributed.units import matches, unit_modules
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -22,17 +24,20 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class DataPlan:
     """units: as ParallelPlan.fsdp_units. param_dtype, reduce_dtype: of parameters in use and of gradient sums.
     reshard_after_forward: free a unit's parameters between its forward and its backward. cpu_offload: keep shards,
-    gradients and optimizer state in host memory."""
+    gradients and optimizer state in host memory. experts: pattern of modules whose parameters [experts, rows, columns]
+    are sharded over axes of their own."""
 
     units: tuple[tuple[str, ...], ...]
     param_dtype: Literal["bfloat16", "float32"]
     reduce_dtype: Literal["float32"]
     reshard_after_forward: bool
     cpu_offload: bool = False
+    experts: str | None = None
 
 
-def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan) -> None:
-    """Shard `model` in place over the last axis of `mesh`, replicate it over the one before it (if there).
+def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan, experts_mesh: DeviceMesh) -> None:
+    """Shard `model` in place over the last axis of `mesh`, replicate it over the one before it (if there); its experts
+    likewise over `experts_mesh`.
 
     Gradients are summed, not averaged: the loss is already divided by the valid tokens of all ranks.
     """
@@ -43,10 +48,23 @@ def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan) -> N
     # Pinned memory lets copies overlap; a machine without accelerators has none and copies nothing.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if plan.cpu_offload else OffloadPolicy()
     reshard = plan.reshard_after_forward
-    groups = list(unit_modules(model, plan.units))
-    for index, group in enumerate(groups):
+    apart = {module for name, module in model.named_modules() if plan.experts and matches(name, plan.experts)}
+    units = [
+        (group, [module for member in group for module in member.modules() if module in apart])
+        for group in unit_modules(model, plan.units)
+    ]
+    for index, (group, experts) in enumerate(units):
         # The last unit's backward comes right after its forward: freeing it would gather it twice.
-        kept = reshard and index < len(groups) - 1
+        kept = reshard and index < len(units) - 1
+        for module in experts:
+            fully_shard(
+                module,
+                mesh=experts_mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=kept,
+                shard_placement_fn=partial(_expert_shards, ranks=experts_mesh.size(-1)),
+            )
         fully_shard(group, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=kept)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
     for module in model.modules():
@@ -54,7 +72,7 @@ def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan) -> N
             module.set_gradient_divide_factor(1.0)
             # gloo has no scaled sum; NCCL gains nothing from one by 1.
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch([group[0] for group in groups])
+    _prefetch([[group[0], *experts] for group, experts in units])
 
 
 def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
@@ -72,9 +90,18 @@ def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
     model.set_reshard_after_backward(last or not whole)
 
 
-def _prefetch(units: list[nn.Module]) -> None:
-    """While a unit computes, the next one's parameters are gathered, in forward and in backward order."""
+def _expert_shards(parameter: nn.Parameter, ranks: int) -> Shard:
+    """Whole experts to each rank where that comes out even, else rows of each matrix."""
+    experts, rows, _ = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).shape
+    return Shard(1) if experts % ranks and rows % ranks == 0 else Shard(0)
+
+
+def _prefetch(units: list[list[nn.Module]]) -> None:
+    """While a unit computes, the next one's parameters are gathered, in forward and in backward order.
+
+    units: the module that a unit's hooks are on, then its experts.
+    """
     for unit, after in pairwise(units):
-        if isinstance(unit, FSDPModule) and isinstance(after, FSDPModule):
-            unit.set_modules_to_forward_prefetch([after])
-            after.set_modules_to_backward_prefetch([unit])
+        if isinstance(unit[0], FSDPModule) and isinstance(after[0], FSDPModule):
+            unit[0].set_modules_to_forward_prefetch(after)  # type: ignore[arg-type]
+            after[0].set_modules_to_backward_prefetch(unit)  # type: ignore[arg-type]

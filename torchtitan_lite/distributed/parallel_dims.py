@@ -88,16 +88,11 @@ class ParallelDims:
             rank, place[axis] = divmod(rank, degree)
         return place
 
-    def refuse_what_is_not_built(self) -> None:
-        if self.ep > 1:
-            raise UserError(
-                f"parallelism.expert_parallel_degree = {self.ep}: expert parallelism is not built yet; set it to 1"
-            )
-
     def __str__(self) -> str:
-        """`4 ranks: dp_replicate 2 x dp_shard 2`"""
+        """`4 ranks: dp_replicate 2 x dp_shard 2, ep 2 within`"""
         longer = [f"{axis} {degree}" for axis, degree in self.degrees.items() if degree > 1]
-        return f"{self.world_size} ranks: {' x '.join(longer)}" if longer else "1 rank"
+        within = f", ep {self.ep} within" if self.ep > 1 else ""
+        return f"{self.world_size} ranks: {' x '.join(longer)}{within}" if longer else "1 rank"
 
 
 def fewest_ranks(parallelism: Parallelism) -> int:

@@ -9,7 +9,19 @@ from typing import Literal
 
 # How a module's parameters and activations lie over the ranks of the tensor axis; what each does stands in
 # distributed/tensor_parallel.py. Between blocks the hidden states are split along the sequence.
-TensorStyle = Literal["embedding", "sequence", "gather", "columns", "rows", "head_norm", "output", "tied_output"]
+TensorStyle = Literal[
+    "embedding",
+    "sequence",
+    "gather",
+    "columns",
+    "rows",
+    "head_norm",
+    "output",
+    "tied_output",
+    "local",
+    "replicated",
+    "apart",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +44,15 @@ class ContextPlan:
 
 
 @dataclass(frozen=True)
+class ExpertPlan:
+    """moe: pattern of the models.common.moe.MoE. num_experts, top_k: of each of them."""
+
+    moe: str
+    num_experts: int
+    top_k: int
+
+
+@dataclass(frozen=True)
 class ParallelPlan:
     """Where techniques attach.
 
@@ -40,11 +61,17 @@ class ParallelPlan:
     model as a whole.
     stages: whether the model can be cut into pipeline stages: its top-level modules may be None, and it runs those
     that are there (the units of a cut are the keys of ModelArgs.flops_by_module).
-    without: technique (tensor, context, pipeline) to the reason why this model has no plan for it.
+    without: technique (tensor, context, expert, pipeline) to the reason why this model has no plan for it.
     """
 
     fsdp_units: tuple[tuple[str, ...], ...]
     tensor: TensorPlan | None = None
     context: ContextPlan | None = None
+    experts: ExpertPlan | None = None
     stages: bool = False
     without: Mapping[str, str] = field(default_factory=dict)
+
+
+def capacity(factor: float, seq_len: int, top_k: int, num_experts: int) -> int:
+    """The most tokens of a sample that an expert takes: `factor` times its even share, rounded down."""
+    return int(factor * seq_len * top_k / num_experts)

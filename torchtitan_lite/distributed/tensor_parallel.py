@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -35,14 +35,18 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan, 
     loss_parallel: logits stay split over the vocabulary, as DTensors; else they are gathered.
     """
     styles = _styles(loss_parallel)
+    apart: set[nn.Parameter] = set()
     for name, module in list(model.named_modules()):
-        if style := style_of(name, plan.styles):
+        style = style_of(name, plan.styles)
+        if style == "apart":
+            apart.update(module.parameters())
+        elif style:
             parallelize_module(module, mesh, styles[style]())
             if style == "embedding":
                 module.register_forward_hook(_settle)
     for name, parameter in model.named_parameters():
         # A plain parameter among DTensors would keep the gradient of this rank's part of the sequence.
-        if not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor) and parameter not in apart:
             raise ValueError(f"{name}: its module has no style in the model's tensor plan")
 
 
@@ -73,7 +77,8 @@ def style_of(name: str, styles: Mapping[str, str]) -> str | None:
 
 
 def _styles(loss_parallel: bool) -> dict[str, Callable[[], ParallelStyle]]:
-    """What each TensorStyle does to a module's weights and to what goes in and out."""
+    """What each TensorStyle but "apart" does to a module's weights and to what goes in and out. Modules "apart" are
+    sharded over other axes, to which these ranks are some of many."""
     logits = _VOCABULARY if loss_parallel else Replicate()
     return {
         # Rows of the table are split over the vocabulary; a rank looks up its own, the sum scatters the sequence.
@@ -96,4 +101,15 @@ def _styles(loss_parallel: bool) -> dict[str, Callable[[], ParallelStyle]]:
             desired_output_layouts=logits,
             use_local_output=not loss_parallel,
         ),
+        # Works on its part of the sequence alone.
+        "local": lambda: PrepareModuleInput(
+            input_layouts=_SEQUENCE, desired_input_layouts=_SEQUENCE, use_local_output=True
+        ),
+        # Whole on each rank; the module takes its weights as expert_parallel.local gives them.
+        "replicated": _Replicated,
     }
+
+
+class _Replicated(ParallelStyle):
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return distribute_module(module, device_mesh)

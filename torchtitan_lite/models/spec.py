@@ -22,7 +22,8 @@ class ModelArgs(Protocol):
     `vocab_size`, `max_seq_len`: tokens. `parameter_count()`: elements of all parameters, tied ones once.
     `flops_by_module(seq_len)`: FLOPs of forward and backward for a token of a sequence of that length (6N + causal
     attention, no recomputation), by top-level module in the order of the forward pass (`layers.3` for a child of a
-    container); between any two of them a pipeline may cut.
+    container); between any two of them a pipeline may cut. A model whose plan has experts also has
+    `active_parameter_count()`: elements that one token meets, and its FLOPs are theirs.
     """
 
     @property

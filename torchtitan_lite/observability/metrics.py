@@ -61,9 +61,12 @@ def console_line(record: dict[str, Any], last_step: int) -> str:
     """A record in the columns of the console."""
     mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
     width = len(str(last_step))
+    experts = ""
+    if "moe_largest_share" in record:
+        experts = f"  aux {record['moe_aux_loss']:.4f}  largest share {record['moe_largest_share']:.1%}"
     return (
         f"step {record['step']:>{width}}/{last_step}  loss {record['loss']:7.4f}  "
-        f"grad_norm {record['grad_norm']:7.4f}  lr {record['lr']:.2e}  "
+        f"grad_norm {record['grad_norm']:7.4f}{experts}  lr {record['lr']:.2e}  "
         f"tps {record['tps']:>7,.0f}  tflops {record['tflops']:.3g}  mfu {mfu}  "
         f"memory {record['memory_peak_gib']:.2f} GiB  data {record['data_time_s'] * 1000:.1f} ms"
     )

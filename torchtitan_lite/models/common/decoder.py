@@ -1,4 +1,4 @@
-"""The dense decoder: embedding, pre-norm blocks of attention and SwiGLU, norm, output.
+"""The decoder: embedding, pre-norm blocks of attention and SwiGLU or a mixture of them, norm, output.
 
 Built on the meta device in a run; `assembly` spreads, materialises and initialises it.
 """
@@ -23,12 +23,14 @@ class Decoder(nn.Module):
         self.output = TiedOutput() if shape.tied else nn.Linear(shape.dim, shape.vocab_size, bias=False)
         self._rope: tuple[Tensor, Tensor] | None = None  # positions and their table
 
-    def forward(self, x: Tensor, positions_L: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, positions_L: Tensor | None = None, mask: Tensor | None = None, **routing: Tensor
+    ) -> Tensor:
         """Logits [B, L, vocab] of int64 tokens [B, L]; a pipeline stage takes and returns hidden states [B, L, D]
         where it has no embedding or no output.
 
         positions_L: int64 [L], where the tokens stand in their sequence; None is 0 ... L - 1. mask: as in
-        DotProductAttention.
+        DotProductAttention. routing: for mixtures of experts, weights_B as in MoE.
         """
         if positions_L is None:
             positions_L = torch.arange(x.shape[1], device=x.device)
@@ -36,7 +38,7 @@ class Decoder(nn.Module):
         if self.tok_embeddings is not None:
             x = self.tok_embeddings(x)
         for block in self.layers.values():
-            x = block(x, rope, mask)
+            x = block(x, rope, mask, **routing)
         if self.norm is not None:
             x = self.norm(x)
         if isinstance(self.output, TiedOutput):
@@ -55,4 +57,12 @@ class Decoder(nn.Module):
 def _block(shape: DecoderShape) -> Block:
     eps = shape.norm_eps if shape.qk_norm else None
     attention = Attention(shape.dim, shape.n_heads, shape.n_kv_heads, shape.head_dim, eps)
-    return Block(shape.dim, shape.norm_eps, attention, FeedForward(shape.dim, shape.ffn_dim))
+    return Block(shape.dim, shape.norm_eps, attention, _feed_forward(shape))
+
+
+def _feed_forward(shape: DecoderShape) -> nn.Module:
+    if shape.moe is None:
+        return FeedForward(shape.dim, shape.ffn_dim)
+    from torchtitan_lite.models.common.moe import MoE
+
+    return MoE(shape.dim, shape.ffn_dim, shape.moe)

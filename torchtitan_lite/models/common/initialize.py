@@ -1,7 +1,8 @@
 """Initial weights by (seed, parameter name) alone, the same bits under every sharding.
 
 A parameter is drawn in blocks of whole rows, each from a generator of its own, so that a rank draws only
-the blocks that its shard touches: a 405B model on 512 ranks costs each of them some 0.8B numbers.
+the blocks that its shard touches: a 405B model on 512 ranks costs each of them some 0.8B numbers. Of stacked
+matrices [experts, rows, columns] each is drawn as a parameter of its own, `name.0` and on.
 """
 
 from collections.abc import Callable
@@ -18,8 +19,10 @@ _BLOCK = 1 << 20  # elements; part of what defines the weights, so never to be c
 
 
 def initialize(model: nn.Module, seed: int, rule: Callable[[str], Init]) -> None:
-    """Fill every parameter of `model` (materialised, plain or DTensor) from `rule` by its name."""
+    """Fill every parameter of `model` (materialised, plain or DTensor) from `rule` by its name; buffers are zeros."""
     with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.zero_()
         for name, parameter in model.named_parameters():
             _fill(parameter, name, seed, rule(name))
 
@@ -58,6 +61,17 @@ def _fill(parameter: Tensor, name: str, seed: int, init: Init) -> None:
         _, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
     if local.numel() == 0:
         return
+    if local.dim() == 3:
+        for index, matrix in enumerate(local, start=offset[0]):
+            _fill_part(matrix, f"{name}.{index}", shape[1:], seed, init, offset[1:])
+    else:
+        _fill_part(local, name, shape, seed, init, offset)
+
+
+def _fill_part(
+    local: Tensor, name: str, shape: torch.Size, seed: int, init: Init, offset: tuple[int, ...]
+) -> None:
+    """Fill `local`, the part at `offset` of a parameter of that shape."""
     values = initial_rows(name, shape, seed, init, offset[0], offset[0] + local.shape[0])
     for dim in range(1, local.dim()):
         values = values.narrow(dim, offset[dim], local.shape[dim])

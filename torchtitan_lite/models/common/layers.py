@@ -1,4 +1,4 @@
-"""Blocks of the dense decoder families.
+"""Blocks of the decoder families.
 
 Shapes: B batch, L sequence, D dim, H query heads, K key/value heads, E head size. Under tensor parallelism H and K are
 a rank's heads; between modules D-wide states then hold a rank's part of the sequence.
@@ -69,7 +69,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to its input."""
+    """Pre-norm attention and feed-forward, dense or a mixture of experts, each added to its input."""
 
     def __init__(self, dim: int, norm_eps: float, attention: nn.Module, feed_forward: nn.Module) -> None:
         super().__init__()
@@ -78,9 +78,10 @@ class Block(nn.Module):
         self.ffn_norm = nn.RMSNorm(dim, norm_eps)
         self.feed_forward = feed_forward
 
-    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BLD: Tensor, rope: Tensor, mask: Tensor | None, **routing: Tensor) -> Tensor:
+        """routing: what a mixture takes beside hidden states."""
         x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rope=rope, mask=mask)
-        return x_BLD + self.feed_forward(self.ffn_norm(x_BLD))  # type: ignore[no-any-return]
+        return x_BLD + self.feed_forward(self.ffn_norm(x_BLD), **routing)  # type: ignore[no-any-return]
 
 
 class TiedOutput(nn.Module):

@@ -37,6 +37,10 @@ class Llama3Args:
     def qk_norm(self) -> bool:
         return False
 
+    @property
+    def moe(self) -> None:
+        return None
+
     def parameter_count(self) -> int:
         return decoder_shape.parameter_count(self)
 

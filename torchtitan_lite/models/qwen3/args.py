@@ -1,14 +1,16 @@
-"""Shapes of the dense Qwen3 family. No torch."""
+"""Shapes of the Qwen3 family, dense and mixtures of experts. No torch."""
 
 from dataclasses import dataclass
 
 from torchtitan_lite.models.common import decoder_shape
+from torchtitan_lite.models.common.moe_shape import MoEShape
 from torchtitan_lite.models.common.rope_scaling import RopeScaling
 
 
 @dataclass(frozen=True)
 class Qwen3Args:
-    """As in decoder_shape.DecoderShape; the size of a head is free of the width."""
+    """As in decoder_shape.DecoderShape; the size of a head is free of the width. ffn_dim: of each expert where there
+    are some."""
 
     dim: int
     n_layers: int
@@ -21,6 +23,7 @@ class Qwen3Args:
     rope_theta: float = 1_000_000.0
     norm_eps: float = 1e-6
     tied: bool = False
+    moe: MoEShape | None = None
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_kv_heads or self.head_dim % 2:
@@ -40,6 +43,9 @@ class Qwen3Args:
     def parameter_count(self) -> int:
         return decoder_shape.parameter_count(self)
 
+    def active_parameter_count(self) -> int:
+        return decoder_shape.active_parameter_count(self)
+
     def flops_by_module(self, seq_len: int) -> dict[str, float]:
         return decoder_shape.flops_by_module(self, seq_len)
 
@@ -53,4 +59,8 @@ FLAVORS = {
     "8B": Qwen3Args(4096, 36, 32, 8, 12288),
     "14B": Qwen3Args(5120, 40, 40, 8, 17408),
     "32B": Qwen3Args(5120, 64, 64, 8, 25600),
+    # As much work for a token as debugmodel.
+    "debugmodel_moe": Qwen3Args(256, 6, 16, 8, 384, head_dim=32, vocab_size=2048, moe=MoEShape(8, 2)),
+    "30B-A3B": Qwen3Args(2048, 48, 32, 4, 768, moe=MoEShape(128, 8)),
+    "235B-A22B": Qwen3Args(4096, 94, 64, 4, 1536, moe=MoEShape(128, 8)),
 }
