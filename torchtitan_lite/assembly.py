@@ -64,14 +64,18 @@ def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) 
     )
     if pipeline is None:
         module = _spread(recipe, _built(recipe, None), axes, device)
-        return WholeModel(module, place, _balance(recipe, [module], device), whole_gradients=not _frees_parameters(recipe))
+        return WholeModel(
+            module, place, _balance(recipe, [module], device), whole_gradients=not _frees_parameters(recipe)
+        )
     from torchtitan_lite.staged import StagedModel
 
     stages = axis(mesh, "pp")
     assert stages is not None
     parts = [_spread(recipe, _built(recipe, stage), axes, device) for stage in pipeline.stages_of(at["pp"])]
     # The schedule last: it runs the stages as everything else has left them.
-    return StagedModel(parts, place, _balance(recipe, parts, device), stages, pipeline, lambda stage: _edges(recipe, stage))
+    return StagedModel(
+        parts, place, _balance(recipe, parts, device), stages, pipeline, lambda stage: _edges(recipe, stage)
+    )
 
 
 @dataclass(frozen=True)

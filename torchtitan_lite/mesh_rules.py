@@ -5,7 +5,7 @@ Rules of the recipe alone stand in config/rules.py. No torch.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import gcd, lcm
+from math import ceil, floor, gcd, lcm, log10
 
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
@@ -106,9 +106,9 @@ def capacity_takes_a_token(case: Case) -> None:
     if experts and factor != -1 and capacity(factor, seq_len, experts.top_k, experts.num_experts) < 1:
         least = experts.num_experts / (seq_len * experts.top_k)
         raise UserError(
-            f"moe.capacity_factor = {factor} drops every token: {factor} x {seq_len} tokens x {experts.top_k} choices / "
-            f"{experts.num_experts} experts of {case.model} is less than one; valid: {least:.3g} or more, or -1 to "
-            "drop none"
+            f"moe.capacity_factor = {factor} drops every token: {factor} x {seq_len} tokens x top_k {experts.top_k} / "
+            f"{experts.num_experts} experts of {case.model} is less than one; valid: {_rounded_up(least)} or more, or "
+            "-1 to drop none"
         )
 
 
@@ -207,6 +207,12 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
 
 def _exchanges_heads(heads: int, kv_heads: int, ranks: int) -> bool:
     return heads % ranks == 0 and (kv_heads % ranks == 0 or ranks % kv_heads == 0)
+
+
+def _rounded_up(number: float) -> float:
+    """To three digits, so that what a message calls valid is."""
+    scale = 10.0 ** (2 - floor(log10(number)))
+    return ceil(number * scale) / scale
 
 
 def _nearest_multiples(number: int, step: int) -> str:

@@ -130,9 +130,7 @@ class TrainableModel(ABC):
 class WholeModel(TrainableModel):
     """A rank that holds (its shards of) all layers. whole_gradients: see reduce_gradients."""
 
-    def __init__(
-        self, module: nn.Module, place: Place, balance: "Balance | None", *, whole_gradients: bool
-    ) -> None:
+    def __init__(self, module: nn.Module, place: Place, balance: "Balance | None", *, whole_gradients: bool) -> None:
         super().__init__([module], place, balance)
         self._whole_gradients = whole_gradients
 

@@ -24,8 +24,8 @@ from tests.parity.runner import (
 )
 from tests.ranks import RankPool
 
-_COLUMNS = ("loss", "norm", "grad", "losses", "validation")
-_HEADINGS = ("first loss", "first norm", "worst gradient", f"{STEPS} losses", "validation")
+_COLUMNS = ("balance", "loss", "norm", "grad", "losses", "validation")
+_HEADINGS = ("balance", "first loss", "first norm", "worst gradient", f"{STEPS} losses", "validation")
 
 
 def main() -> int:
@@ -50,6 +50,7 @@ def main() -> int:
                 failures += bool(beyond)
                 numbers = "  ".join(f"{getattr(difference, column):8.1e}" for column in _COLUMNS)
                 verdict = f"FAIL {beyond}, {difference.grad_name}" if beyond else "ok"
+                verdict += f", {difference.ties} ties fell the other way" * (difference.ties > 0)
                 seconds = time.perf_counter() - started
                 print(
                     f"{case.model:<18} {case.ranks} ranks  {case.name:<58} {numbers}  {seconds:5.1f} s  {verdict}",

@@ -26,9 +26,17 @@ _KEYS = {
     "offload": "training.enable_cpu_offload",
     "compiled": "compile.enable",
     "backend": "compile.backend",
+    "ep": "parallelism.expert_parallel_degree",
+    "halves": "moe.overlap_halves",
 }
-_WORDS = {"training.global_batch_size": "batch {}", "data.document_mask": "no document mask"}
+_WORDS = {
+    "moe.capacity_factor": "capacity {}",
+    "debug.moe_force_load_balance": "in turn",
+    "training.global_batch_size": "batch {}",
+    "data.document_mask": "no document mask",
+}
 LLAMA, QWEN, GPT = "DEEP_LLAMA/untied", "DEEP_QWEN/untied", "SMALL_GPT/untied"
+MOE, SHARED = "MOE/routed", "MOE/shared"
 _ODD = {"training.global_batch_size": 7}  # no rank count but 1 and 7 divides it
 _FEW = {"training.global_batch_size": 2}
 _NO_MASK = {"data.document_mask": False}  # attention then takes kernels of its own
@@ -36,11 +44,16 @@ _CSV = str(Path(__file__).parent / "pp2.csv")
 _PARTS = [["tok_embeddings", "layers.0"], [f"layers.{index}" for index in range(1, 8)] + ["norm", "output"]]
 
 
+# All that balances, strong enough to show; biases that move by several scores' distances.
+_BALANCED = {"moe.aux_loss_coeff": 0.02, "moe.z_loss_coeff": 0.001, "moe.bias_update_rate": 0.01}
+_CAPACITY = _BALANCED | {"moe.capacity_factor": 1.0}
+
+
 def case(ranks: int, model: str = LLAMA, recipe: dict[str, Any] | None = None, **overrides: Any) -> Case:
     words = [f"{key} {value}" for key, value in overrides.items() if key not in ("csv", "parts", "backend")]
     if "csv" in overrides or "parts" in overrides:
         words.append("as named" if "parts" in overrides else "from a file")
-    words += [_WORDS.get(key, "{}").format(value) for key, value in (recipe or {}).items()]
+    words += [_WORDS.get(key, "{}").format(value) for key, value in (recipe or {}).items() if key not in _BALANCED]
     words = words or [f"shard {ranks}"]
     named = {_KEYS[key]: value for key, value in overrides.items()}
     return Case(", ".join(words), ranks, named, model, recipe or {})
@@ -137,7 +150,45 @@ OUTSIDE = [
     case(4, GPT, cp=2, tp=2, method="alltoall"),
     case(8, GPT, shard=2, pp=2, tp=2, schedule="ZBVZeroBubble"),
 ]
-CASES = [*DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMPILED, *OUTSIDE]
+
+
+def mixture(ranks: int, model: str = MOE, recipe: dict[str, Any] | None = None, **overrides: Any) -> Case:
+    return case(ranks, model, _BALANCED | (recipe or {}), **overrides)
+
+
+EXPERTS = [
+    mixture(2),
+    mixture(3, recipe=_ODD, local=1),
+    mixture(1, SHARED, recipe=_CAPACITY, local=2),
+    mixture(2, ep=2),
+    mixture(2, SHARED, recipe=_ODD, ep=2, local=1),
+    mixture(2, ep=2, halves=True),
+    mixture(2, SHARED, recipe=_CAPACITY, ep=2),
+    mixture(4, ep=4),
+    mixture(4, ep=2),
+    mixture(3, recipe=_ODD, ep=1, reshard="never", local=2),
+    mixture(6, recipe=_ODD, ep=2, local=1),  # four experts over three ranks: rows of each
+    mixture(4, replicate=2, shard=2, ep=2),
+    mixture(8, recipe=_ODD, replicate=2, shard=4, ep=2, local=1),
+    mixture(2, cp=2, ep=2),
+    mixture(4, recipe=_CAPACITY, shard=2, cp=2, ep=2),
+    mixture(4, SHARED, cp=4, ep=2, method="alltoall"),
+    mixture(2, tp=2),
+    mixture(2, SHARED, recipe=_CAPACITY, tp=2),
+    mixture(4, SHARED, shard=2, tp=2, ep=2),
+    mixture(4, cp=2, tp=2, ep=2),
+    mixture(2, pp=2),
+    mixture(4, SHARED, recipe=_ODD, shard=2, pp=2, ep=2, schedule="Interleaved1F1B"),
+    mixture(4, shard=2, pp=2, ep=2, schedule="ZBVZeroBubble"),
+    mixture(4, recipe=_CAPACITY, pp=2, tp=2),
+    mixture(8, SHARED, shard=2, cp=2, tp=2, ep=4),
+    mixture(8, shard=2, pp=2, cp=2, ep=4, halves=True),
+    mixture(8, replicate=2, shard=1, cp=2, tp=2, ep=2),
+    mixture(2, SHARED, ep=2, offload=True, local=2),
+    mixture(2, SHARED, ep=2, compiled=True, backend="aot_eager"),
+    mixture(2, recipe={"debug.moe_force_load_balance": True}, cp=2, ep=2),
+]
+CASES = [*DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMPILED, *OUTSIDE, *EXPERTS]
 
 # bfloat16 rounds to 3 digits, elsewhere on every mesh: held to the single process in bfloat16.
 _BF16 = {"training.mixed_precision_param": "bfloat16"}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from tests.parity.routed import Routed, Watch, compare_routed, whole
 from tests.ranks import RankPool
 from tests.tiny import write_recipe
 from torchtitan_lite.data.loader import Batch
@@ -51,31 +52,45 @@ class Case:
 @dataclass(frozen=True)
 class Result:
     """losses, norms: of each step. validation: before the first step and after the last. grads: clipped gradients of
-    the first step."""
+    the first step. routed: what went to which expert."""
 
     losses: list[float]
     norms: list[float]
     validation: list[float]
     grads: dict[str, torch.Tensor]
+    routed: Routed
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest relative differences of a case from the single process."""
+    """The largest relative differences of a case from the single process. choices: other experts chosen (a number);
+    balance: of what is counted and averaged about them. ties: choices between equal scores that fell the other way."""
 
+    choices: int
+    balance: float
     loss: float
     norm: float
     grad: float
     grad_name: str
     losses: float
     validation: float
+    ties: int
 
 
-# What a case may differ by in float32: first loss, first norm, worst gradient, any of twelve losses, validation.
-LIMITS = {"loss": 1e-6, "norm": 1e-6, "grad": 5e-6, "losses": 2e-6, "validation": 2e-6}
+# What a case may differ by in float32: choices of experts and their balance; first loss, first norm, worst gradient,
+# any of twelve losses, validation.
+LIMITS = {"choices": 0, "balance": 2e-6, "loss": 1e-6, "norm": 1e-6, "grad": 5e-6, "losses": 2e-6, "validation": 2e-6}
 
 # bfloat16 keeps 8 bits: what is within these is rounding that falls elsewhere.
-BF16_LIMITS = {"loss": 1e-4, "norm": 1e-3, "grad": 3e-2, "losses": 5e-4, "validation": 5e-4}
+BF16_LIMITS = {
+    "choices": 0,
+    "balance": 1e-3,
+    "loss": 1e-4,
+    "norm": 1e-3,
+    "grad": 3e-2,
+    "losses": 5e-4,
+    "validation": 5e-4,
+}
 
 
 def base_recipe(folder: Path, corpus: Path, cache: Path) -> Path:
@@ -99,12 +114,14 @@ def run_case(
 ) -> Result:
     """within: what each rank runs in (see mutants)."""
     parts = pool.run(_train, case.ranks, str(recipe), case.arguments(), steps, within, timeout=300.0)
-    grads = {name: grad for _, _, _, own in parts for name, grad in own.items()}
-    losses = [sum(step) for step in zip(*(losses for losses, _, _, _ in parts), strict=True)]
-    for _, norms, validation, _ in parts:
+    grads = {name: grad for part in parts for name, grad in part[3].items()}
+    losses = [sum(step) for step in zip(*(part[0] for part in parts), strict=True)]
+    for _, norms, validation, *_ in parts:
         assert norms == parts[0][1], f"{case}: ranks disagree on the gradient norm"
         assert validation == parts[0][2], f"{case}: ranks disagree on the validation loss"
-    return Result(losses, parts[0][1], parts[0][2], grads)
+    # The choices first: where they differ, nothing else is comparable.
+    routed = whole((part[4] for part in parts), parts[0][5], parts[0][6])
+    return Result(losses, parts[0][1], parts[0][2], grads, routed)
 
 
 class Alone:
@@ -129,13 +146,20 @@ def compare(found: Result, expected: Result) -> Difference:
         return float((found.grads[name].double() - grad).norm() / grad.norm())
 
     worst = max(expected.grads, key=error)
+    routed = compare_routed(found.routed, expected.routed)
+    steps = routed.steps
     return Difference(
+        choices=routed.choices,
+        balance=routed.balance,
+        ties=routed.ties,
         loss=_relative(found.losses[:1], expected.losses[:1]),
         norm=_relative(found.norms[:1], expected.norms[:1]),
         grad=error(worst),
         grad_name=worst,
-        losses=_relative(found.losses, expected.losses),
-        validation=_relative(found.validation, expected.validation),
+        losses=_relative(found.losses[:steps], expected.losses[:steps]),
+        validation=_relative(
+            found.validation[: 1 if routed.ties else 2], expected.validation[: 1 if routed.ties else 2]
+        ),
     )
 
 
@@ -146,22 +170,21 @@ def exceeded(difference: Difference, limits: dict[str, float] = LIMITS) -> dict[
 
 def _relative(found: list[float], expected: list[float]) -> float:
     differences = [abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True)]
-    return float("nan") if any(value != value for value in differences) else max(differences)
+    return float("nan") if any(value != value for value in differences) or not differences else max(differences)
 
 
 def _train(
     recipe: str, arguments: list[str], steps: int, within: Callable[[], AbstractContextManager[Any]]
-) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor]]:
-    """This rank's part of the loss of each step, the norms, the validation loss, the gradients it answers for."""
+) -> tuple[Any, ...]:
+    """This rank's part of the loss of each step, the norms, the validation loss, the gradients it answers for, what it
+    saw of choices, samples of a step and their length."""
     # Whole gradients are put together here and nowhere else; how many collectives that takes does not matter.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     with within():
         return _trained(recipe, arguments, steps)
 
 
-def _trained(
-    recipe: str, arguments: list[str], steps: int
-) -> tuple[list[float], list[float], list[float], dict[str, torch.Tensor]]:
+def _trained(recipe: str, arguments: list[str], steps: int) -> tuple[Any, ...]:
     import torch.distributed as dist
 
     from torchtitan_lite.distributed import runtime
@@ -186,7 +209,11 @@ def _trained(
         return trainer.model.evaluate(_ragged(batch) for batch in _validation(trainer, held_out)).item()
 
     validation = [validate()]
-    results = [trainer.step([_ragged(batch) for batch in trainer.loader.next_step()]) for _ in range(steps)]
+    watch = Watch(trainer)
+    results = []
+    for _ in range(steps):
+        results.append(trainer.step([_ragged(batch) for batch in trainer.loader.next_step()]))
+        watch.step(results[-1])
     validation.append(validate())
     at = plan.dims.coordinate(here.rank)
     answers = all(place == 0 for axis, place in at.items() if axis != "pp")
@@ -195,6 +222,9 @@ def _trained(
         [float(result.grad_norm) for result in results],
         validation,
         grads if answers else {},
+        watch.parts(),
+        plan.batch.global_batch_size,
+        plan.config.training.seq_len,
     )
 
 

@@ -9,11 +9,15 @@ from torchtitan_lite.distributed.units import matches, unit_modules
 def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
     """Compile the blocks of `model` in place: the modules that repeat, so that one graph serves them all.
 
-    Of a block with a mixture of experts its other modules: how many tokens an expert has is no part of a graph.
+    Of a block with a mixture of experts its attention: how many tokens an expert has is no part of a graph.
     """
     mixtures = {module for name, module in model.named_modules() if plan.experts and matches(name, plan.experts.moe)}
     for pattern in (unit[0] for unit in plan.fsdp_units if unit[0].endswith(".*")):
         for (block,) in unit_modules(model, ((pattern,),)):
             children = list(block.children())
-            for part in [block] if mixtures.isdisjoint(children) else [c for c in children if c not in mixtures]:
+            if mixtures.isdisjoint(children):
+                parts = [block]
+            else:  # a norm alone is no graph
+                parts = [child for child in children if child not in mixtures and any(child.children())]
+            for part in parts:
                 part.compile(backend=backend, fullgraph=True)

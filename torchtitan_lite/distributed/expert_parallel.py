@@ -1,4 +1,5 @@
-"""How tokens reach their experts and come back: sorted where all experts are here, by all-to-all where ranks share them.
+"""How tokens reach their experts and come back: sorted where all experts are here, by all-to-all where ranks share
+them.
 
 A dispatch is a module without parameters: another way (DeepEP's kernels, say) is another module with its forward.
 
@@ -22,7 +23,7 @@ from torchtitan_lite.distributed.units import matches
 # Rows past the last end come back as zeros.
 Compute = Callable[[Tensor, Tensor], Tensor]
 # Work that needs no expert, to be done while tokens travel.
-Beside = Callable[[], Tensor | None]
+Beside = Callable[[], None]
 
 
 def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, plan: ExpertPlan, *, halves: bool) -> None:
@@ -66,9 +67,9 @@ class Sorted:
         return _permuted(x_ND, self.order_R // self.copies, self.back_R, self.copies)
 
     def sums(self, rows_RD: Tensor, weights_NK: Tensor) -> Tensor:
-        """[N, D]: what the experts made of each token, weighed."""
+        """[N, 1, D]: what the experts made of each token, weighed."""
         out_NKD = _permuted(rows_RD, self.back_R, self.order_R).unflatten(0, (-1, self.copies))
-        return (weights_NK.to(out_NKD.dtype)[:, None] @ out_NKD).squeeze(1)
+        return torch.bmm(weights_NK.to(out_NKD.dtype)[:, None], out_NKD)
 
 
 class Local(nn.Module):
@@ -78,15 +79,14 @@ class Local(nn.Module):
         super().__init__()
         self.num_experts = num_experts
 
-    def forward(
-        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, compute: Compute, beside: Beside
-    ) -> tuple[Tensor, Tensor | None]:
-        """The weighed sums of what experts make of each token, [N, D], and what `beside` gives.
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, compute: Compute, beside: Beside) -> Tensor:
+        """The weighed sums of what experts make of each token, [N, 1, D]; does what stands `beside`.
 
         experts_NK: int64, num_experts for a choice that is dropped.
         """
         chosen = Sorted(experts_NK, self.num_experts)
-        return chosen.sums(compute(chosen.rows(x_ND), chosen.ends_E), weights_NK), beside()
+        beside()
+        return chosen.sums(compute(chosen.rows(x_ND), chosen.ends_E), weights_NK)
 
 
 class AllToAll(nn.Module):
@@ -99,16 +99,16 @@ class AllToAll(nn.Module):
         super().__init__()
         self.group, self.num_experts, self.parts = group, num_experts, 2 if halves else 1
 
-    def forward(
-        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, compute: Compute, beside: Beside
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, compute: Compute, beside: Beside) -> Tensor:
         parts = [Sorted(part, self.num_experts) for part in experts_NK.tensor_split(self.parts)]
         sizes = _Sizes(parts, self.group)
         flights = []
-        for part, x, send, receive in zip(parts, x_ND.tensor_split(self.parts), sizes.sent, sizes.received, strict=True):
+        for part, x, send, receive in zip(
+            parts, x_ND.tensor_split(self.parts), sizes.sent, sizes.received, strict=True
+        ):
             # Sorted by expert is sorted by rank; dropped choices, at the end, stay here.
             flights.append(start_rows(part.rows(x)[: sum(send)], send, receive, self.group))
-        aside = beside()
+        beside()
         for index, flight in enumerate(flights):
             out = self._computed(finish_rows(flight), sizes.own[index], compute)
             flights[index] = start_rows(out, flight.receive, flight.send, self.group)
@@ -117,7 +117,7 @@ class AllToAll(nn.Module):
             rows = finish_rows(flight)
             dropped = rows.new_zeros((len(part.order_R) - len(rows), rows.shape[1]))
             sums.append(part.sums(torch.cat((rows, dropped)) if len(dropped) else rows, weights))
-        return torch.cat(sums), aside
+        return torch.cat(sums)
 
     def _computed(self, rows: Tensor, counts: Tensor, compute: Compute) -> Tensor:
         """Rows as they came, sorted by rank and then by expert, through this rank's experts; in the same order.

@@ -68,9 +68,7 @@ def _fill(parameter: Tensor, name: str, seed: int, init: Init) -> None:
         _fill_part(local, name, shape, seed, init, offset)
 
 
-def _fill_part(
-    local: Tensor, name: str, shape: torch.Size, seed: int, init: Init, offset: tuple[int, ...]
-) -> None:
+def _fill_part(local: Tensor, name: str, shape: torch.Size, seed: int, init: Init, offset: tuple[int, ...]) -> None:
     """Fill `local`, the part at `offset` of a parameter of that shape."""
     values = initial_rows(name, shape, seed, init, offset[0], offset[0] + local.shape[0])
     for dim in range(1, local.dim()):

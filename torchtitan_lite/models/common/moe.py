@@ -1,10 +1,10 @@
 """A mixture of experts in the place of a block's feed-forward (Shazeer et al., arXiv:1701.06538).
 
-Shapes: B batch, L sequence, D dim, N = B x L tokens of this rank, E experts, K choices of a token, F width of an expert,
-R rows: choices sorted by expert.
+Shapes: B batch, L sequence, D dim, N = B x L tokens of this rank, E experts, K choices of a token, F width of an
+expert, R rows: choices sorted by expert.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,10 +38,8 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(num_experts, ffn_dim, dim))
         self.dispatch = Local(num_experts)
 
-    def forward(
-        self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, beside: Beside, *, drops: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """As dispatch: the weighed sums [N, D], and what `beside` gives. drops: whether choices may be dropped."""
+    def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, beside: Beside, *, drops: bool) -> Tensor:
+        """As dispatch: the weighed sums [N, 1, D]. drops: whether choices may be dropped."""
         w1_EDF, w2_EFD, w3_EDF = (local(w).transpose(-2, -1) for w in (self.w1, self.w2, self.w3))
 
         def compute(rows_RD: Tensor, ends_E: Tensor) -> Tensor:
@@ -79,16 +77,17 @@ class MoE(nn.Module):
         """[B, L, D]. weights_B: as in Routing; with it the balance losses join the backward, and choices count."""
         experts_BLK, weights_BLK, balance = self.routing(self.router(x_BLD), self.expert_bias, weights_B)
         x_ND, experts_NK, weights_NK = (each.flatten(0, 1) for each in (x_BLD, experts_BLK, weights_BLK))
-        out_ND, shared_BLD = self.experts(
-            x_ND,
-            experts_NK,
-            weights_NK,
-            lambda: None if self.shared is None else self.shared(x_BLD),
-            drops=self.routing.rules.capacity_factor is not None,
-        )
-        out_BLD = out_ND.view_as(x_BLD)
-        if shared_BLD is not None:
-            out_BLD = out_BLD + shared_BLD
+        # Kept here: FSDP, whose unit the experts are, warns of results that are views, as of a collective's.
+        shared: list[Tensor] = []
+
+        def beside() -> None:
+            if self.shared is not None:
+                shared.append(self.shared(x_BLD))
+
+        drops = self.routing.rules.capacity_factor is not None
+        out_BLD = self.experts(x_ND, experts_NK, weights_NK, beside, drops=drops).view_as(x_BLD)
+        for each_BLD in shared:
+            out_BLD = out_BLD + each_BLD
         return out_BLD if balance is None else _Balanced.apply(out_BLD, *balance, self.counted)  # type: ignore[no-any-return]
 
 

@@ -119,8 +119,8 @@ def _counts(chosen_BLK: Tensor, experts: int) -> Tensor:
     """int64 [B, E]: choices of each expert in each sample."""
     batch = chosen_BLK.shape[0]
     rows = torch.arange(batch, device=chosen_BLK.device)[:, None, None] * experts + chosen_BLK
-    counts = rows.new_zeros(batch * experts)
-    return counts.index_add_(0, rows.flatten(), torch.ones_like(rows).flatten()).unflatten(0, (batch, experts))
+    counts = rows.new_zeros(batch * experts).index_add_(0, rows.flatten(), torch.ones_like(rows).flatten())
+    return counts.view(batch, experts)
 
 
 def _places(chosen_BSK: Tensor, experts: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Qwen3 (Yang et al., arXiv:2505.09388): the decoder with normed queries and keys, dense or with a mixture of experts."""
+"""Qwen3 (Yang et al., arXiv:2505.09388): the decoder with normed queries and keys, dense or a mixture of experts."""
 
 from typing import TYPE_CHECKING
 
