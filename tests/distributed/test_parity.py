@@ -5,10 +5,10 @@ All of them, with their numbers: `make parity` and `make mutants`.
 
 import pytest
 
+from tests.parity import moe_mutants, mutants  # noqa: F401, each registers its own
 from tests.parity.__main__ import parity_corpus
 from tests.parity.cases import BFLOAT16, CASES
-from tests.parity.mutant import Mutant
-from tests.parity.mutants import MUTANTS
+from tests.parity.mutant import MUTANTS, Mutant
 from tests.parity.mutate import caught_by
 from tests.parity.runner import BF16_LIMITS, LIMITS, Alone, Case, base_recipe, compare, exceeded, run_case
 from tests.ranks import RankPool

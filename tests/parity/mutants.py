@@ -14,28 +14,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.parity.cases import LLAMA, QWEN, case
-from tests.parity.mutant import MODEL, MUTANTS, PRODUCT, mutant, replaced
+from tests.parity.mutant import MODEL, PRODUCT, mutant, replaced
 from torchtitan_lite.optim.loss import IGNORE
-
-__all__ = ["MUTANTS"]
-
 
 # The loss and what divides it
 
 
 @mutant("loss divided by the micro-batches too", case(2, local=1))
 def loss_divided_twice() -> Iterator[None]:
-    with replaced(f"{MODEL}.valid_tokens", lambda right: lambda self, batches: right(self, batches) * len(batches)):
+    def twice(right: Any) -> Any:
+        def counts(self: Any, batches: Any) -> tuple[Tensor, Tensor]:
+            tokens, samples = right(self, batches)
+            return tokens * len(batches), samples
+
+        return counts
+
+    with replaced(f"{MODEL}.valid_counts", twice):
         yield
 
 
 @mutant("loss divided by the rank's own tokens: a mean of means", case(2, shard=2))
 def mean_of_means() -> Iterator[None]:
-    def local(self: Any, batches: Any) -> Tensor:
+    def local(self: Any, batches: Any) -> tuple[Tensor, Tensor]:
         count = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        return torch.tensor(count * dist.get_world_size())
+        return torch.tensor(count * dist.get_world_size()), torch.tensor(len(batches))
 
-    with patch(f"{MODEL}.valid_tokens", local):
+    with patch(f"{MODEL}.valid_counts", local):
         yield
 
 
@@ -54,7 +58,7 @@ def loss_reported_twice() -> Iterator[None]:
 @mutant("pipeline's gradients not divided by the valid tokens, the reported loss right", case(2, pp=2))
 def pipeline_gradients_of_the_sum() -> Iterator[None]:
     def wrong(self: Any, batches: Any) -> Tensor:
-        valid = self.valid_tokens(batches)
+        valid, _ = self.valid_counts(batches)
         self._divisor = torch.ones_like(valid)
         return self._run(self._schedule.step, batches) / valid  # type: ignore[no-any-return]
 

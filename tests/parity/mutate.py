@@ -6,9 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.parity import moe_mutants, mutants  # noqa: F401, each registers its own
 from tests.parity.__main__ import parity_corpus
-from tests.parity.mutant import Mutant
-from tests.parity.mutants import MUTANTS
+from tests.parity.mutant import MUTANTS, Mutant
 from tests.parity.report import write_section
 from tests.parity.runner import Alone, base_recipe, compare, exceeded, run_case
 from tests.ranks import RankError, RankPool

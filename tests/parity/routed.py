@@ -56,15 +56,16 @@ class Watch:
         logits, bias, weights = args
         if weights is None:
             return
-        real = weights > 0
         scores = (logits.detach().softmax(-1) + bias).topk(out[0].shape[-1] + 1).values
-        self._calls[name].append((out[0][real].sort(-1).values, (scores[..., -2] - scores[..., -1])[real]))
+        self._calls[name].append((out[0].sort(-1).values, scores[..., -2] - scores[..., -1]))
 
     def step(self, result: Any) -> None:
         """After each step."""
         for name, calls in self._calls.items():
             choices, gaps = zip(*calls, strict=True)
-            self._steps[name].append((torch.cat(choices), torch.cat(gaps)))
+            # The rest fill up the last micro-batches.
+            own = slice(len(self.trainer.plan.batch.share(self.trainer.batch_rank)))
+            self._steps[name].append((torch.cat(choices)[own], torch.cat(gaps)[own]))
             calls.clear()
         if result.routed is not None:
             self.counted.append(result.routed)
@@ -91,10 +92,12 @@ def whole(ranks: Iterable[tuple[Any, Any, Any]], samples: int, seq_len: int) -> 
     biases: dict[str, Tensor] = {}
     counts: list[Tensor] = []
     for found, counted, own in ranks:
-        assert not counts or all(torch.equal(a, b) for a, b in zip(counts, counted, strict=True)), "ranks count apart"
+        assert not counts or all(torch.equal(a, b) for a, b in zip(counts, counted, strict=True)), (
+            "routing: ranks have other counts"
+        )
         counts = counted
         for name, value in own.items():
-            assert torch.equal(biases.setdefault(name, value), value), f"ranks disagree on {name}"
+            assert torch.equal(biases.setdefault(name, value), value), f"routing: ranks disagree on {name}"
         for name, share, positions, chosen, gap in found:
             if name not in choices:
                 choices[name] = torch.full((len(chosen), samples, seq_len, chosen.shape[-1]), -1)
@@ -102,7 +105,7 @@ def whole(ranks: Iterable[tuple[Any, Any, Any]], samples: int, seq_len: int) -> 
             at = torch.tensor(share, dtype=torch.int64)[:, None], positions
             choices[name][(slice(None), *at)] = chosen
             gaps[name][(slice(None), *at)] = gap
-    assert all(bool((each >= 0).all()) for each in choices.values()), "tokens that no rank has routed"
+    assert all(bool((each >= 0).all()) for each in choices.values()), "routing: tokens that no rank has routed"
     order = sorted(choices, key=lambda name: int(name.split(".")[1]))
     return Routed({name: choices[name] for name in order}, gaps, counts, biases)
 

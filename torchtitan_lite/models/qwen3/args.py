@@ -31,6 +31,9 @@ class Qwen3Args:
                 f"n_kv_heads {self.n_kv_heads} must divide n_heads {self.n_heads}, "
                 f"head_dim {self.head_dim} must be even"
             )
+        if self.moe and (self.dim % 8 or self.ffn_dim % 8):
+            # Grouped products take rows of whole 16 bytes; bfloat16 has 2.
+            raise ValueError(f"dim {self.dim} and ffn_dim {self.ffn_dim} of experts must be multiples of 8")
 
     @property
     def qk_norm(self) -> bool:
