@@ -30,10 +30,12 @@ def test_losses_on_a_gpu_are_those_of_the_cpu(
 
 
 @pytest.mark.gpu
-def test_a_step_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("flavor", ["dense", "moe"])
+def test_a_step_never_waits_for_the_device(flavor: str) -> None:
     import torch
 
-    from tests.tiny import SPEC, TINY
+    from tests.tiny import MOE, SPEC, TINY
+    from torchtitan_lite.balance import Balance
     from torchtitan_lite.config.schema import Comm, Debug, Optimizer
     from torchtitan_lite.data.loader import Batch
     from torchtitan_lite.distributed import runtime
@@ -45,12 +47,19 @@ def test_a_step_never_waits_for_the_device() -> None:
 
     here = runtime.start(Comm(), Debug())
     try:
-        module = SPEC.build(TINY).to(here.device)
-        initialize(module, 1, lambda name: SPEC.initial(name, TINY))
+        spec, args = (SPEC, TINY) if flavor == "dense" else (MOE, MOE.flavors["shared"])
+        module = spec.build(args).to(here.device)
+        initialize(module, 1, lambda name: spec.initial(name, args))
+        balance = None
+        if flavor == "moe":
+            for parameter in module.parameters():  # the grouped products of float32 wait
+                parameter.data = parameter.data.bfloat16()
+            names = [f"layers.{index}.feed_forward" for index in range(args.n_layers)]
+            balance = Balance([module], names, args.moe.num_experts, 1e-3, here.device)
         place = Place(here.device, 32, SequenceShare("allgather", 0, 1), counts=True, reports=True)
-        model = WholeModel(module, place, whole_gradients=False)
+        model = WholeModel(module, place, balance, whole_gradients=False)
         optimizer = build_optimizer(Optimizer(), model.named_parameters())
-        rows = torch.randint(TINY.vocab_size, (2, 33))
+        rows = torch.randint(args.vocab_size, (2, 33))
         batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), torch.zeros((2, 32), dtype=torch.int64))
         for mode in ("default", "error"):  # the first step allocates
             torch.cuda.set_sync_debug_mode(mode)
@@ -58,6 +67,8 @@ def test_a_step_never_waits_for_the_device() -> None:
             clip_by_global_norm(model.parameters(), 1.0, None)
             optimizer.step()
             optimizer.zero_grad()
+            if balance is not None:
+                balance.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
         runtime.stop()

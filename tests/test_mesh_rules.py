@@ -11,6 +11,7 @@ from torchtitan_lite.preflight import JobPlan, plan_job
 
 P = "--parallelism."
 TP, CP, PP = f"{P}tensor_parallel_degree=", f"{P}context_parallel_degree=", f"{P}pipeline_parallel_degree="
+EP, MOE = f"{P}expert_parallel_degree=", ("--model.spec=tests.tiny:MOE", "--model.flavor=routed")
 ULYSSES = f"{P}context_parallel_rotate_method=alltoall"
 ZBV = f"{P}pipeline_parallel_schedule=ZBVZeroBubble"
 SEQ = "--training.seq_len="
@@ -63,7 +64,31 @@ REFUSED = [
     ),
     (2, (f"{TP}2", f"{P}fsdp_reshard_after_forward=never"), "no parameters are sharded", (f"{TP}2",)),
     (2, (f"{PP}2", "--model.flavor=tied"), "deep_llama tied has no pipeline parallelism: its output", (f"{PP}2",)),
-    (2, (f"{P}expert_parallel_degree=2",), "expert parallelism is not built yet", ()),
+    (2, (f"{EP}2",), "deep_llama untied has no expert parallelism: it is dense; set it to 1", (f"{EP}1",)),
+    (3, (*MOE, f"{EP}3"), "degree = 3 does not divide the 8 experts of tiny_moe routed; valid on .*: 1$", (*MOE,)),
+    (12, (*MOE, f"{EP}6"), "degree = 6 does not divide the 8 experts.*: 1, 2, 4$", (*MOE, f"{EP}4")),
+    (
+        4,
+        (*MOE, f"{CP}2", f"{EP}3"),
+        r"expert_parallel_degree = 3 does not divide .* 2 x 2; valid: 1, 2, 4$",
+        (*MOE, f"{CP}2", f"{EP}4"),
+    ),
+    (4, (*MOE, f"{TP}2", f"{EP}4"), r"expert_parallel_degree = 4 does not divide .* 2 x 1; valid: 1, 2$", (*MOE,)),
+    (
+        1,
+        (*MOE, "--moe.capacity_factor=0.12"),
+        r"capacity_factor = 0.12 drops every token: 0.12 x 32 tokens x top_k 2 / 8 .*valid: 0.125 or more, or -1",
+        (*MOE, "--moe.capacity_factor=0.125"),
+    ),
+    (
+        1,
+        (*MOE, "--moe.capacity_factor=0.1", f"{SEQ}36"),
+        r"capacity_factor = 0.1 drops every token.*valid: 0.112 or more",
+        (*MOE, "--moe.capacity_factor=0.112", f"{SEQ}36"),
+    ),
+    (1, (*MOE, "--moe.capacity_factor=0"), r"capacity_factor = 0.0: must be more than 0, or -1", (*MOE,)),
+    (2, (*MOE, f"{TP}2", f"{P}expert_tensor_parallel_degree=2"), "does not split experts.*set it to 1", (*MOE,)),
+    (2, (*MOE, f"{P}expert_parallel_comm_backend=deepep"), r'"deepep": expected .*"standard"', (*MOE,)),
     (3, (f"{TP}2",), "3 ranks cannot be shared out.*use a multiple of 2 ranks", ()),
 ]
 
@@ -95,12 +120,46 @@ def test_a_plan_without_a_technique_is_told_so(recipe: Path, monkeypatch: pytest
     bare = replace(tiny.DEEP_LLAMA, plan=lambda args: ParallelPlan(fsdp_units=(("layers.*",),)))
     monkeypatch.setattr(tiny, "DEEP_LLAMA", bare)
     bare_units = replace(tiny.DEEP_LLAMA, plan=lambda args: ParallelPlan(fsdp_units=(("norm",),)))
-    for technique in ("tensor", "context", "pipeline"):
+    for technique in ("tensor", "context", "expert", "pipeline"):
         with pytest.raises(UserError, match=f"has no {technique} parallelism: its plan does not say where"):
             _plan(recipe, 2, f"{P}{technique}_parallel_degree=2")
     monkeypatch.setattr(tiny, "DEEP_LLAMA", bare_units)
     with pytest.raises(UserError, match=r"compile.enable = true compiles blocks, and the plan .* names none"):
         _plan(recipe, 2, "--compile.enable=true")
+
+
+def test_more_choices_than_experts_are_refused_whoever_made_the_model(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from tests import tiny
+    from torchtitan_lite.models.common.moe_shape import MoEShape
+
+    args = tiny.MOE.flavors["routed"]
+    flavors = {str(top_k): replace(args, moe=MoEShape(8, top_k)) for top_k in (0, 8, 9)}
+    monkeypatch.setattr(tiny, "MOE", replace(tiny.MOE, flavors=flavors))
+    for top_k in (0, 9):
+        with pytest.raises(UserError, match=f"tiny_moe {top_k}: top_k = {top_k}, and there are 8 experts; .* 1 to 8"):
+            _plan(recipe, 1, MOE[0], f"--model.flavor={top_k}")
+    _plan(recipe, 1, MOE[0], "--model.flavor=8")
+
+
+def test_settings_of_experts_without_any_are_said_to_do_nothing(recipe: Path) -> None:
+    for override in ("moe.z_loss_coeff=0.1", "moe.overlap_halves=true", "debug.moe_force_load_balance=true"):
+        (warning,) = _plan(recipe, 1, f"--{override}").warnings()
+        assert warning.startswith(override.partition("=")[0])
+        assert "has no effect on a model without experts" in warning
+        if "halves" not in override:
+            assert _plan(recipe, 1, *MOE, f"--{override}").warnings() == []
+    (warning,) = _plan(recipe, 2, *MOE, "--moe.overlap_halves=true").warnings()
+    assert "overlap_halves = True has no effect while parallelism.expert_parallel_degree = 1" in warning
+    assert _plan(recipe, 2, *MOE, f"{EP}2", "--moe.overlap_halves=true").warnings() == []
+
+
+def test_experts_are_shards_under_tensor_parallelism_alone(recipe: Path) -> None:
+    """What fsdp_reshard_after_forward says then has an effect."""
+    _plan(recipe, 2, *MOE, f"{TP}2", f"{P}fsdp_reshard_after_forward=never")
 
 
 def test_what_has_no_effect_is_said(recipe: Path) -> None:

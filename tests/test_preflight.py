@@ -93,7 +93,11 @@ def test_what_follows_is_told_in_words(recipe: Path) -> None:
         (["--lr_scheduler.total_steps=19"], 1, r"total_steps = 19 ends before training\.steps = 20"),
         (["--parallelism.data_parallel_replicate_degree=3"], 4, r"^4 ranks cannot be shared out"),
         (["--parallelism.data_parallel_shard_degree=2"], 4, r"= 2 ranks, there are 4"),
-        (["--parallelism.expert_parallel_degree=2"], 2, r"expert parallelism is not built yet"),
+        (
+            ["--parallelism.expert_parallel_degree=2"],
+            2,
+            r"expert_parallel_degree = 2: tiny tiny has no expert parallelism: it is dense; set it to 1$",
+        ),
         (["--parallelism.expert_parallel_degree=3"], 2, r"expert_parallel_degree = 3 does not divide .*; valid: 1, 2$"),
         (["--model.flavor=large"], 1, r'model\.flavor = "large": tiny has tiny, tied'),
         (

@@ -60,6 +60,11 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         'parallelism.pipeline_parallel_schedule_csv = order.csv and pipeline_parallel_schedule = "1F1B" both order',
     ),
     (
+        rules.experts_are_not_split,
+        JobConfig(parallelism=Parallelism(expert_tensor_parallel_degree=2)),
+        "parallelism.expert_tensor_parallel_degree = 2: tensor parallelism does not split experts",
+    ),
+    (
         rules.text_dataset_needs_a_path,
         JobConfig(training=Training(dataset="text")),
         'training.dataset = "text" needs training.dataset_path',
@@ -113,6 +118,7 @@ PASSED: list[tuple[Rule, JobConfig]] = [
             )
         ),
     ),
+    (rules.experts_are_not_split, JobConfig(parallelism=Parallelism(tensor_parallel_degree=2))),
     *((rule, JobConfig()) for rule in rules.RULES),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.stdlib_dataset_takes_no_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),

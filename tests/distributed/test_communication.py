@@ -23,7 +23,7 @@ _NAMES = {
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives by kind, and keeps the shapes that went in; bookkeeping scalars are left out."""
+    """Counts collectives by kind, and keeps the shapes that went in; bookkeeping, a number or two, is left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Collectives(TorchDispatchMode):
             kind = next((kind for kind, names in _NAMES.items() if name in names), None)
             # c10d's in-place operations take the output first.
             tensors = [leaf for leaf in torch.utils._pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-            if kind and max(tensor.numel() for tensor in tensors) > 1:
+            if kind and max(tensor.numel() for tensor in tensors) > 2:
                 self.counts[kind] += 1
                 self.shapes += [(kind, tuple(tensor.shape)) for tensor in tensors]
         return func(*args, **(kwargs or {}))

@@ -158,20 +158,8 @@ def test_without_other_axes_a_rank_is_its_own_batch_rank() -> None:
     assert [dims.batch_rank(rank) for rank in range(8)] == list(range(8))
 
 
-def test_experts_are_not_built_yet() -> None:
-    with pytest.raises(UserError) as raised:
-        ParallelDims(1, 2, ep=2).refuse_what_is_not_built()
-    assert str(raised.value) == (
-        "parallelism.expert_parallel_degree = 2: expert parallelism is not built yet; set it to 1"
-    )
-
-
-@pytest.mark.parametrize("axis", [*AXES])
-def test_every_axis_is_built(axis: str) -> None:
-    ParallelDims(**{"dp_replicate": 1, "dp_shard": 1, axis: 4}).refuse_what_is_not_built()
-
-
 def test_dims_name_the_degrees_above_one() -> None:
     assert str(ParallelDims(1, 1)) == "1 rank"
     assert str(ParallelDims(2, 4)) == "8 ranks: dp_replicate 2 x dp_shard 4"
     assert str(ParallelDims(1, 4, tp=2, pp=3)) == "24 ranks: pp 3 x dp_shard 4 x tp 2"
+    assert str(ParallelDims(1, 4, ep=2)) == "4 ranks: dp_shard 4, ep 2 within"

@@ -93,7 +93,7 @@ def _mistakes(tmp_path: Path, corpus: Path, cache: Path) -> dict[str, tuple[list
         "unknown key": ([good, "--training.step=3"], {}, r"unknown key training.step; did you mean training.steps\?"),
         "wrong type": ([good, "--training.steps=many"], {}, r"--training.steps = \"many\": expected an integer"),
         "two words": ([good, "--training.steps", "3"], {}, r"no value; write --training.steps=VALUE"),
-        "not yet": ([good, "--parallelism.expert_parallel_degree=2"], {"NPROC": "2"}, r"not built yet; set it to 1"),
+        "dense": ([good, "--parallelism.expert_parallel_degree=2"], {"NPROC": "2"}, r"it is dense; set it to 1"),
         "heads": ([good, "--parallelism.tensor_parallel_degree=3"], {"NPROC": "3"}, r"does not divide n_heads"),
         "no GPU": (
             [good, *asynchronous, "--compile.enable=true"],
