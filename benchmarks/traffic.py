@@ -1,7 +1,8 @@
 """Bytes that this rank sends in collectives, counted where they are called.
 
 What a rank sends in a ring or pairwise algorithm over n ranks, W the bytes of the whole tensor (the gathered, the not
-yet scattered one): all-gather, reduce-scatter and all-to-all (n-1)/n W, all-reduce 2 (n-1)/n W; send W.
+yet scattered one): all-gather, reduce-scatter and all-to-all (n-1)/n W, all-reduce 2 (n-1)/n W; send W. An all-to-all
+of uneven rows: those that are not its own.
 """
 
 import sys
@@ -81,6 +82,10 @@ class Traffic(TorchDispatchMode):
         tensors, ranks = whole(args, out), _group_of(args).size()
         if ranks > 1:
             size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            share = _SHARE[kind](ranks)
+            if name == "_c10d_functional::all_to_all_single":
+                own, rows = args[2][_group_of(args).rank()], sum(args[2])
+                share = 1 - own / rows if rows else 0.0
             self.calls.append(
                 Call(
                     kind,
@@ -88,7 +93,7 @@ class Traffic(TorchDispatchMode):
                     ranks,
                     tuple(tensors[0].shape),
                     sum(tensor.numel() for tensor in tensors),
-                    size * _SHARE[kind](ranks),
+                    size * share,
                     _call_site(),
                 )
             )
