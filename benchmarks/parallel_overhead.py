@@ -7,9 +7,9 @@ takes as long as its slowest rank; medians, and the median ratio of the pairs. T
 where parameters are split, a rank updates fewer than the plain model does.
 
 Bytes: what one rank sends in one step after the first (see traffic.py), of the rank that is furthest above its
-minimum. The formulas stand in parallel_techniques.py. Collectives of one number (gradient norm, valid tokens) are
-counted apart as bookkeeping. A technique that sends more than LIMIT x its minimum ends in exit code 1, and so does one
-below it: then the count or the formula is wrong.
+minimum. The formulas stand in parallel_techniques.py. Collectives of one or two numbers (gradient norm, valid tokens
+and samples) are counted apart as bookkeeping. A technique that sends more than LIMIT x its minimum ends in exit code 1,
+and so does one below it: then the count or the formula is wrong.
 
     python benchmarks/parallel_overhead.py [--ranks 2] [--only TEXT] [--quick] [--breakdown] [--json PATH]
 """
@@ -48,6 +48,7 @@ from torchtitan_lite.preflight import JobPlan
 CORES = len(os.sched_getaffinity(0))
 REPEATS = 5
 LIMIT = 1.05
+BOOKKEEPING = 2  # numbers
 TIMEOUT = timedelta(seconds=180)
 
 
@@ -113,7 +114,7 @@ class Measured:
 
     @property
     def bookkeeping(self) -> float:
-        return sum(call.sent for call in self.calls if call.numbers == 1)
+        return sum(call.sent for call in self.calls if call.numbers <= BOOKKEEPING)
 
 
 def on_rank(rank: int, ranks: int, chosen: Sequence[int], repeats: int, scratch: str) -> None:
@@ -137,7 +138,7 @@ def measure(technique: Technique, plain: Plain, rank: int, ranks: int, repeats: 
     ours.step()  # buffers, connections and lazy set-up come with the first
     found.calls = ours.calls_of_step()
     for part in technique.parts:
-        sent = sum(call.sent for call in found.calls if call.numbers > 1 and part.holds(call))
+        sent = sum(call.sent for call in found.calls if call.numbers > BOOKKEEPING and part.holds(call))
         found.parts.append((sent, part.minimum(plan, rank)))
     for _ in range(repeats):
         bare = seconds_of(plain.step)

@@ -171,8 +171,7 @@ def _balance(recipe: Recipe, parts: Sequence[nn.Module], device: torch.device) -
         return None
     from torchtitan_lite.balance import Balance
 
-    with torch.device("meta"):
-        whole = recipe.spec.build(recipe.args)
+    whole = parts[0] if recipe.pipeline is None else _built(recipe, None)
     names = [name for name, _ in whole.named_modules() if matches(name, recipe.plan.experts.moe)]
     return Balance(parts, names, recipe.plan.experts.num_experts, recipe.config.moe.bias_update_rate, device)
 

@@ -199,7 +199,8 @@ def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
         raise UserError(f"{path}: is not a config.json of ours; choose another job.dump_folder or remove it") from None
     now = flat(json.loads(json.dumps(identity(plan, prepared))))
     for key in sorted(before | now):
-        was, value = before.get(key, "nothing"), now.get(key, "nothing")
+        # What an earlier version did not have, and this one leaves at none, is the same.
+        was, value = before.get(key), now.get(key)
         if was != value:
             raise UserError(
                 f"{plan.folder}: its run has {key} = {was}, this one {value}, which may not change on a resume; "

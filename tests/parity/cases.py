@@ -168,6 +168,7 @@ EXPERTS = [
     mixture(4, ep=2),
     mixture(3, recipe=_ODD, ep=1, reshard="never", local=2),
     mixture(6, recipe=_ODD, ep=2, local=1),  # four experts over three ranks: rows of each
+    mixture(2, replicate=2, shard=1, local=2),
     mixture(4, replicate=2, shard=2, ep=2),
     mixture(8, recipe=_ODD, replicate=2, shard=4, ep=2, local=1),
     mixture(2, cp=2, ep=2),
@@ -180,6 +181,7 @@ EXPERTS = [
     mixture(2, pp=2),
     mixture(4, SHARED, recipe=_ODD, shard=2, pp=2, ep=2, schedule="Interleaved1F1B"),
     mixture(4, shard=2, pp=2, ep=2, schedule="ZBVZeroBubble"),
+    mixture(4, shard=2, pp=2, ep=2, reshard="always", microbatch=2),
     mixture(4, recipe=_CAPACITY, pp=2, tp=2),
     mixture(8, SHARED, shard=2, cp=2, tp=2, ep=4),
     mixture(8, shard=2, pp=2, cp=2, ep=4, halves=True),
