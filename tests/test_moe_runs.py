@@ -1,5 +1,6 @@
 """Whole runs of mixtures of experts: what is logged, and bfloat16. Meshes: distributed/test_parity.py."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,11 @@ def test_the_loss_leaves_the_balance_losses_out_and_they_are_logged_apart(
 ) -> None:
     off, on = (
         _run(pool, 2, recipe, tmp_path / coeff, f"--moe.aux_loss_coeff={coeff}", "--training.steps=2")
-        for coeff in ("0.0", "0.5")
+        for coeff in ("0.001", "0.5")
     )
-    for key in ("loss", "moe_aux_loss", "moe_z_loss", "moe_tokens_per_expert"):
+    for key in ("loss", "moe_aux_loss", "moe_tokens_per_expert"):
         assert on[0][key] == off[0][key]
+    assert on[0]["moe_z_loss"] is None  # without a weight it is not computed
     # It is trained on all the same.
     assert on[0]["grad_norm"] != off[0]["grad_norm"]
     assert on[1]["moe_aux_loss"] < off[1]["moe_aux_loss"]
@@ -34,7 +36,8 @@ def test_the_loss_leaves_the_balance_losses_out_and_they_are_logged_apart(
 
 def test_what_is_logged_of_a_mixture(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
     args = MOE.flavors["routed"]
-    (line,) = _run(pool, 2, recipe, tmp_path / "run", _EP, "--training.steps=1")
+    losses = ("--moe.aux_loss_coeff=0.01", "--moe.z_loss_coeff=0.01")
+    (line,) = _run(pool, 2, recipe, tmp_path / "run", _EP, "--training.steps=1", *losses)
     counts = line["moe_tokens_per_expert"]
     assert [len(layer) for layer in counts] == [8] * args.n_layers
     assert [sum(layer) for layer in counts] == [8 * 32 * 2] * args.n_layers  # samples x tokens x choices
@@ -42,6 +45,7 @@ def test_what_is_logged_of_a_mixture(pool: RankPool, recipe: Path, tmp_path: Pat
     assert line["moe_largest_share"] == pytest.approx(max(map(max, counts)) / (8 * 32 * 2))
     assert 0.5 < line["moe_entropy"] < 1.0
     assert 1.0 <= line["moe_aux_loss"] < 2.0
+    assert line["moe_z_loss"] == pytest.approx(math.log(8) ** 2, rel=0.05)  # of logits near 0
 
 
 def test_dropped_choices_are_logged(pool: RankPool, recipe: Path, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_follows_is_told_in_words(recipe: Path) -> None:
             2,
             r"expert_parallel_degree = 2: tiny tiny has no expert parallelism: it is dense; set it to 1$",
         ),
-        (["--parallelism.expert_parallel_degree=3"], 2, r"expert_parallel_degree = 3 does not divide .*; valid: 1, 2$"),
+        (["--parallelism.expert_parallel_degree=3"], 2, r"expert_parallel_degree = 3: .* it is dense; set it to 1$"),
         (["--model.flavor=large"], 1, r'model\.flavor = "large": tiny has tiny, tied'),
         (
             ["--training.seq_len=513"],

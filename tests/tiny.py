@@ -5,6 +5,7 @@ from pathlib import Path
 
 from docs.examples.minimal_gpt import SPEC as GPT
 from docs.examples.minimal_gpt import GPTArgs
+from tests.outside_moe import SPEC as OUTSIDE_MOE
 from torchtitan_lite.models.common.moe_shape import MoEShape
 from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.models.llama3.args import Llama3Args
@@ -27,6 +28,7 @@ _MOE = Qwen3Args(64, 4, 8, 4, 48, head_dim=16, vocab_size=384, max_seq_len=512, 
 MOE = replace(
     QWEN3, name="tiny_moe", flavors={"routed": _MOE, "shared": replace(_MOE, moe=MoEShape(8, 2, num_shared_experts=1))}
 )
+MOE_GPT = OUTSIDE_MOE
 SMALL_GPT = replace(GPT, name="small_gpt", flavors={"untied": GPTArgs(64, 4, 4, vocab_size=384, max_seq_len=512)})
 
 

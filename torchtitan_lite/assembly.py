@@ -21,7 +21,7 @@ from torchtitan_lite.distributed.expert_parallel import apply_expert_parallel
 from torchtitan_lite.distributed.mesh import axis, data_axes, expert_axes, sequence_axes
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
-from torchtitan_lite.distributed.plans import ParallelPlan
+from torchtitan_lite.distributed.plans import ParallelPlan, mixture_styles
 from torchtitan_lite.distributed.tensor_parallel import apply_tensor_parallel, enable_async
 from torchtitan_lite.distributed.units import matches, require_names, take_out_other_stages
 from torchtitan_lite.models.common.initialize import initialize
@@ -53,7 +53,9 @@ def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) 
     Peak memory is this rank's share: the whole model exists on the meta device only.
     """
     config, pipeline, at = recipe.config, recipe.pipeline, recipe.dims.coordinate(rank)
-    axes = _Axes(mesh, data_axes(mesh), *expert_axes(mesh, recipe.dims.ep))
+    data = data_axes(mesh)
+    experts, ep = expert_axes(mesh, recipe.dims.ep) if recipe.plan.experts else (data, None)
+    axes = _Axes(mesh, data, experts, ep)
     share = SequenceShare(config.parallelism.context_parallel_rotate_method, at["cp"], recipe.dims.cp)
     place = Place(
         device,
@@ -112,7 +114,10 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
     if tensor is not None and plan.tensor is not None:
         if config.parallelism.enable_async_tensor_parallel:
             enable_async(tensor)
-        apply_tensor_parallel(module, tensor, plan.tensor, loss_parallel=not config.parallelism.disable_loss_parallel)
+        mixture = mixture_styles(plan.experts) if plan.experts else {}
+        # First in order, where the first that matches counts, and last in value.
+        styles = {**mixture, **plan.tensor.styles, **mixture}
+        apply_tensor_parallel(module, tensor, styles, loss_parallel=not config.parallelism.disable_loss_parallel)
     # Shares out the matrices that tensor parallelism has left apart, before FSDP shards each.
     if plan.experts is not None:
         _route(recipe, module, mesh, device)
@@ -131,7 +136,7 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
             config.training.mixed_precision_reduce,
             _frees_parameters(recipe),
             offload,
-            f"{plan.experts.moe}.experts" if plan.experts else None,
+            plan.experts.moe if plan.experts else None,
         )
         apply_data_parallel(module, axes.data, data, axes.experts)
     # Materialised after sharding, so that each rank allocates and draws its shards only.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchtitan_lite.config.schema import MoE as MoESection
 from torchtitan_lite.models.common.moe import MoE
 from torchtitan_lite.models.common.routing import EXTRAS
 
@@ -47,15 +48,16 @@ class Balance:
         return counted
 
 
-def routing_record(counted: Tensor) -> dict[str, Any]:
-    """What is logged of Balance.step's result: means over layers of the two losses, unweighted; the lowest entropy of a
-    layer's shares (1: even) and its largest share; choices dropped; choices of each expert, a list for each layer."""
+def routing_record(counted: Tensor, section: MoESection) -> dict[str, Any]:
+    """What is logged of Balance.step's result: means over layers of the two losses, unweighted, None where [moe] gives
+    one no weight; the lowest entropy of a layer's shares (1: even) and the largest share; choices dropped; choices of
+    each expert, a list for each layer."""
     counts, (dropped, aux, z) = counted[:, :-EXTRAS], counted[:, -EXTRAS:].unbind(1)
     shares = counts / counts.sum(1, keepdim=True)
     entropy = torch.special.entr(shares).sum(1) / torch.tensor(float(counts.shape[1])).log()
     return {
-        "moe_aux_loss": aux.mean().item(),
-        "moe_z_loss": z.mean().item(),
+        "moe_aux_loss": aux.mean().item() if section.aux_loss_coeff else None,
+        "moe_z_loss": z.mean().item() if section.z_loss_coeff else None,
         "moe_entropy": entropy.min().item(),
         "moe_largest_share": shares.max().item(),
         "moe_dropped": int(dropped.sum()),

@@ -91,13 +91,14 @@ def top_k_is_within_the_experts(case: Case) -> None:
         )
 
 
-def expert_degree_divides_the_experts(case: Case) -> None:
-    experts, ep = case.plan.experts, case.dims.ep
-    if experts and experts.num_experts % ep:
-        both = gcd(experts.num_experts, case.dims.dp_shard * case.dims.cp)
+def expert_degree_divides_ranks_and_experts(case: Case) -> None:
+    experts, dims = case.plan.experts, case.dims
+    ranks = dims.dp_shard * dims.cp
+    if experts and (both := gcd(ranks, experts.num_experts)) % dims.ep:
         raise UserError(
-            f"parallelism.expert_parallel_degree = {ep} does not divide the {experts.num_experts} experts of "
-            f"{case.model}; valid on {case.dims}: {divisors(both)}"
+            f"parallelism.expert_parallel_degree = {dims.ep} must divide data_parallel_shard_degree x "
+            f"context_parallel_degree = {dims.dp_shard} x {dims.cp}, and the {experts.num_experts} experts of "
+            f"{case.model}; valid: {divisors(both)}"
         )
 
 
@@ -157,7 +158,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     sequence_divides_over_its_ranks,
     heads_divide_over_context_ranks,
     top_k_is_within_the_experts,
-    expert_degree_divides_the_experts,
+    expert_degree_divides_ranks_and_experts,
     capacity_takes_a_token,
     split_backward_needs_whole_parameters,
     split_backward_is_not_compiled,

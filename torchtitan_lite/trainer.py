@@ -142,7 +142,7 @@ class Trainer:
         if result.routed is not None:
             from torchtitan_lite.balance import routing_record
 
-            record |= routing_record(result.routed)
+            record |= routing_record(result.routed, self.config.moe)
         self.log.metrics(record)
         logger.info(console_line(record, self.config.training.steps))
         if tensorboard is not None:

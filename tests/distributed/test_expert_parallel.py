@@ -168,6 +168,38 @@ def _held(recipe: str, arguments: list[str]) -> tuple[list[int], int, list[str]]
     return list(w1.to_local().shape), total, list(w1.device_mesh.mesh_dim_names)
 
 
+def _router_under_bfloat16(recipe: str, arguments: list[str]) -> bool:
+    """Whether the router computes from weights that were never rounded, in float32."""
+    from torchtitan_lite.assembly import Recipe, assemble
+    from torchtitan_lite.data.loader import Batch
+    from torchtitan_lite.distributed.expert_parallel import local
+    from torchtitan_lite.models.common.moe import Router
+    from torchtitan_lite.preflight import plan_job
+
+    plan = plan_job(recipe, [*arguments, "--training.mixed_precision_param=bfloat16"], dist.get_world_size())
+    parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
+    model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), dist.get_rank())
+    exact = []
+
+    def compare(module: Any, args: Any, out: Tensor) -> None:
+        weight, x = local(module.weight), args[0]
+        assert x.dtype == torch.bfloat16
+        assert (weight.bfloat16().float() != weight).any()
+        exact.append(out.dtype == torch.float32 and torch.allclose(out, x.float() @ weight.t(), rtol=1e-5, atol=1e-6))
+
+    for module in model.parts[0].modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(compare)
+    tokens = torch.randint(MOE.flavors["routed"].vocab_size, (2, 32))
+    model.forward_backward([Batch(tokens, tokens)])
+    return len(exact) == MOE.flavors["routed"].n_layers and all(exact)
+
+
+@pytest.mark.parametrize("degrees", [{"expert": 2}, {"tensor": 2}], ids=str)
+def test_the_router_is_in_float32_where_all_else_is_not(pool: RankPool, recipe: str, degrees: dict[str, int]) -> None:
+    assert pool.run(_router_under_bfloat16, 2, recipe, _degrees(**degrees)) == [True, True]
+
+
 @pytest.mark.parametrize(
     ("ranks", "degrees", "shape", "axes"),
     [

@@ -3,11 +3,13 @@
 All of them, with their numbers: `make parity` and `make mutants`.
 """
 
+import warnings
+
 import pytest
 
 from tests.parity import moe_mutants, mutants  # noqa: F401, each registers its own
 from tests.parity.__main__ import parity_corpus
-from tests.parity.cases import BFLOAT16, CASES
+from tests.parity.cases import BFLOAT16, CASES, EXPERTS
 from tests.parity.mutant import MUTANTS, Mutant
 from tests.parity.mutate import caught_by
 from tests.parity.runner import BF16_LIMITS, LIMITS, Alone, Case, base_recipe, compare, exceeded, run_case
@@ -32,6 +34,8 @@ def _ids(case: Case) -> str:
 def test_a_mesh_computes_what_one_process_does(alone: Alone, case: Case) -> None:
     found = run_case(alone.pool, alone.recipe, case, _STEPS)
     difference = compare(found, alone.of(case))
+    if difference.ties:
+        warnings.warn(f"{case}: {difference.ties} ties between experts fell the other way", stacklevel=1)
     assert not exceeded(difference, BF16_LIMITS if case in BFLOAT16 else LIMITS), difference
 
 
@@ -45,6 +49,11 @@ _KINDS = (
     "vocabulary_offset",
     "norm_of_own_stages",
     "validation_counts_padding",
+    "expert_gradients_divided",
+    "combined_twice",
+    "tail_read",
+    "bias_per_rank",
+    "balance_over_ranks",
 )
 
 
@@ -60,6 +69,7 @@ def mutant_named(name: str) -> Mutant:
 
 def test_every_technique_and_both_models_are_held_to_one_process() -> None:
     assert len(CASES) >= 40
+    assert len({case.name for case in EXPERTS if case.ranks > 1}) >= 15
     assert {case.model.split("/")[0] for case in CASES} >= {"DEEP_LLAMA", "DEEP_QWEN", "SMALL_GPT"}
     assert {case.ranks for case in CASES} >= {2, 3, 4, 8}
     assert len(MUTANTS) >= 25

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torchtitan_lite.balance import Balance, routing_record
+from torchtitan_lite.config.schema import MoE as MoESection
 from torchtitan_lite.models.common.initialize import initial_rows, initialize
 from torchtitan_lite.models.common.moe import MoE, apply_routing
 from torchtitan_lite.models.common.moe_shape import MoEShape
@@ -146,9 +147,11 @@ def test_what_is_counted_by_hand() -> None:
 
 
 def test_even_routing_has_a_balance_loss_of_one() -> None:
-    _, _, balance = Routing(K, Rules(forced=True))(torch.zeros(B, 2 * E, E), torch.zeros(E), torch.full((B,), 1 / B))
+    rules = Rules(aux_loss_coeff=0.1, forced=True)
+    _, _, balance = Routing(K, rules)(torch.zeros(B, 2 * E, E), torch.zeros(E), torch.full((B,), 1 / B))
     assert balance is not None
-    record = routing_record(balance[1][None])
+    record = routing_record(balance[1][None], MoESection(aux_loss_coeff=0.1))
+    assert record["moe_z_loss"] is None
     assert record["moe_aux_loss"] == pytest.approx(1.0, rel=1e-6)
     assert record["moe_entropy"] == pytest.approx(1.0)
     assert record["moe_largest_share"] == pytest.approx(1 / E)
@@ -159,7 +162,7 @@ def test_even_routing_has_a_balance_loss_of_one() -> None:
 def test_an_expert_that_nobody_chooses_has_no_entropy_and_a_gradient_of_zero() -> None:
     counted = torch.zeros(1, E + EXTRAS, dtype=torch.float64)
     counted[0, 2] = 7
-    assert routing_record(counted)["moe_entropy"] == 0.0
+    assert routing_record(counted, MoESection())["moe_entropy"] == 0.0
     moe, x = _moe(), _x()
     moe.expert_bias[4] = -100.0
     moe(x).sum().backward()

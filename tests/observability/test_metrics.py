@@ -124,7 +124,9 @@ def test_the_console_line_holds_every_figure() -> None:
 def test_the_console_line_of_a_mixture_shows_how_even_it_is() -> None:
     line = console_line(RECORD | {"moe_aux_loss": 1.04567, "moe_largest_share": 0.2345}, last_step=10)
     assert "  aux 1.0457  largest share 23.4%  lr " in line
-    assert "aux" not in console_line(RECORD, last_step=10)
+    even = {"moe_aux_loss": None, "moe_largest_share": 0.125}
+    assert "0.9877  largest share 12.5%  lr " in console_line(RECORD | even, last_step=10)
+    assert "share" not in console_line(RECORD, last_step=10)
 
 
 def test_an_unknown_mfu_is_not_a_number() -> None:

@@ -24,8 +24,17 @@ from tests.parity.runner import (
 )
 from tests.ranks import RankPool
 
-_COLUMNS = ("balance", "loss", "norm", "grad", "losses", "validation")
-_HEADINGS = ("balance", "first loss", "first norm", "worst gradient", f"{STEPS} losses", "validation")
+_COLUMNS = ("choices", "ties", "balance", "loss", "norm", "grad", "losses", "validation")
+_HEADINGS = (
+    "other choices",
+    "ties",
+    "balance",
+    "first loss",
+    "first norm",
+    "worst gradient",
+    f"{STEPS} losses",
+    "validation",
+)
 
 
 def main() -> int:
@@ -48,9 +57,8 @@ def main() -> int:
                 rows.append((case, difference))
                 beyond = exceeded(difference, limits)
                 failures += bool(beyond)
-                numbers = "  ".join(f"{getattr(difference, column):8.1e}" for column in _COLUMNS)
+                numbers = "  ".join(f"{_shown(getattr(difference, column)):>7}" for column in _COLUMNS)
                 verdict = f"FAIL {beyond}, {difference.grad_name}" if beyond else "ok"
-                verdict += f", {difference.ties} ties fell the other way" * (difference.ties > 0)
                 seconds = time.perf_counter() - started
                 print(
                     f"{case.model:<18} {case.ranks} ranks  {case.name:<58} {numbers}  {seconds:5.1f} s  {verdict}",
@@ -77,11 +85,17 @@ def _write(rows: list[tuple[Case, Difference]]) -> None:
         f"|---|---|---|{'---|' * len(_HEADINGS)}",
     ]
     for case, difference in rows:
-        numbers = " | ".join(f"{getattr(difference, column):.1e}" for column in _COLUMNS)
+        numbers = " | ".join(_shown(getattr(difference, column)) for column in _COLUMNS)
         lines.append(f"| {case.model.replace('/', ', ').lower()} | {case.ranks} | {case.name} | {numbers} |")
-    lines.append("| **limit in float32** | | | " + " | ".join(f"{LIMITS[column]:.0e}" for column in _COLUMNS) + " |")
-    lines.append("| **limit in bfloat16** | | | " + " | ".join(f"{BF16_LIMITS[c]:.0e}" for c in _COLUMNS) + " |")
+    lines.append("| **limit in float32** | | | " + " | ".join(_shown(LIMITS[column]) for column in _COLUMNS) + " |")
+    lines.append(
+        "| **limit in bfloat16** | | | " + " | ".join(_shown(BF16_LIMITS[column]) for column in _COLUMNS) + " |"
+    )
     write_section("parity", lines)
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.1e}"
 
 
 if __name__ == "__main__":

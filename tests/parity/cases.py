@@ -188,7 +188,13 @@ EXPERTS = [
     mixture(8, replicate=2, shard=1, cp=2, tp=2, ep=2),
     mixture(2, SHARED, ep=2, offload=True, local=2),
     mixture(2, SHARED, ep=2, compiled=True, backend="aot_eager"),
+    mixture(2, SHARED, tp=2, compiled=True, backend="aot_eager"),
+    mixture(2, SHARED, pp=2, schedule="DualPipeV"),
     mixture(2, recipe={"debug.moe_force_load_balance": True}, cp=2, ep=2),
+    mixture(2, "MOE_GPT/small", tp=2),
+    mixture(2, "MOE_GPT/small", ep=2),
+    mixture(4, "MOE_GPT/small", cp=2, tp=2, ep=2),
+    mixture(4, "MOE_GPT/small", shard=2, pp=2, ep=2),
 ]
 CASES = [*DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMPILED, *OUTSIDE, *EXPERTS]
 

@@ -128,11 +128,12 @@ def compare_routed(found: Routed, expected: Routed) -> RoutedDifference:
 
 
 def _balance(found: Routed, expected: Routed, steps: int) -> float:
-    worst = 0.0
+    worst = [torch.zeros(())]
     for ours, theirs in zip(found.counted[:steps], expected.counted[:steps], strict=True):
         whole_numbers = slice(0, -EXTRAS + 1)  # counts and what was dropped
         if not torch.equal(ours[:, whole_numbers], theirs[:, whole_numbers]):
             return float("inf")
         losses, reference = ours[:, -EXTRAS + 1 :], theirs[:, -EXTRAS + 1 :]
-        worst = max(worst, float(((losses - reference).abs() / reference.abs()).max()))
-    return worst
+        # Tensors' max: Python's passes over NaNs. A loss without a weight is 0 on both.
+        worst.append(((losses - reference).abs() / reference.abs().clamp(min=1e-30)).max())
+    return float(torch.stack([each.double() for each in worst]).max())

@@ -356,7 +356,7 @@ class Debug:
     """Deterministic kernels only; an operation without one raises."""
 
     moe_force_load_balance: bool = False
-    """Send tokens to experts in turn instead of by their scores: a benchmark's even load. Does not train a router."""
+    """Send tokens to experts in turn, for a benchmark's even load; their scores weigh the experts all the same."""
 
 
 @dataclass(frozen=True)

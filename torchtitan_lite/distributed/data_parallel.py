@@ -7,7 +7,7 @@ gives all of them the same names, dtypes and reductions (docs/decisions/0003-dat
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,15 +24,15 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class DataPlan:
     """units: as ParallelPlan.fsdp_units. param_dtype, reduce_dtype: of parameters in use and of gradient sums.
     reshard_after_forward: free a unit's parameters between its forward and its backward. cpu_offload: keep shards,
-    gradients and optimizer state in host memory. experts: pattern of modules whose parameters [experts, rows, columns]
-    are sharded over axes of their own."""
+    gradients and optimizer state in host memory. moe: pattern of the mixtures, whose experts are sharded over axes of
+    their own, and whose routers stay in float32."""
 
     units: tuple[tuple[str, ...], ...]
     param_dtype: Literal["bfloat16", "float32"]
     reduce_dtype: Literal["float32"]
     reshard_after_forward: bool
     cpu_offload: bool = False
-    experts: str | None = None
+    moe: str | None = None
 
 
 def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan, experts_mesh: DeviceMesh) -> None:
@@ -42,37 +42,39 @@ def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan, expe
     Gradients are summed, not averaged: the loss is already divided by the valid tokens of all ranks.
     """
     # Inputs keep their dtype: activations follow the parameters, and the rotary table stays float32.
-    policy = MixedPrecisionPolicy(
-        param_dtype=_DTYPES[plan.param_dtype], reduce_dtype=_DTYPES[plan.reduce_dtype], cast_forward_inputs=False
-    )
+    reduce_dtype = _DTYPES[plan.reduce_dtype]
+    policy = MixedPrecisionPolicy(_DTYPES[plan.param_dtype], reduce_dtype, cast_forward_inputs=False)
+    exact = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
     # Pinned memory lets copies overlap; a machine without accelerators has none and copies nothing.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if plan.cpu_offload else OffloadPolicy()
-    reshard = plan.reshard_after_forward
-    apart = {module for name, module in model.named_modules() if plan.experts and matches(name, plan.experts)}
-    units = [
-        (group, [module for member in group for module in member.modules() if module in apart])
-        for group in unit_modules(model, plan.units)
-    ]
-    for index, (group, experts) in enumerate(units):
-        # The last unit's backward comes right after its forward: freeing it would gather it twice.
-        kept = reshard and index < len(units) - 1
-        for module in experts:
-            fully_shard(
-                module,
-                mesh=experts_mesh,
-                mp_policy=policy,
-                offload_policy=offload,
-                reshard_after_forward=kept,
-                shard_placement_fn=partial(_expert_shards, ranks=experts_mesh.size(-1)),
-            )
-        fully_shard(group, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=kept)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+    units = list(unit_modules(model, plan.units))
+    # The last unit's backward comes right after its forward: freeing it would gather it twice.
+    kept = {module for part in (units[-1] if units else []) for module in part.modules()}
+
+    def shard(
+        modules: nn.Module | list[nn.Module], over: DeviceMesh, dtypes: MixedPrecisionPolicy, **more: Any
+    ) -> None:
+        first = modules if isinstance(modules, nn.Module) else modules[0]
+        free = plan.reshard_after_forward and first not in kept
+        fully_shard(modules, mesh=over, mp_policy=dtypes, offload_policy=offload, reshard_after_forward=free, **more)
+
+    # Of mixtures first, wherever the units are: their experts belong to other ranks than what is around them.
+    within: set[nn.Module] = set()
+    for mixture in (module for name, module in model.named_modules() if plan.moe and matches(name, plan.moe)):
+        experts, router = mixture.get_submodule("experts"), mixture.get_submodule("router")
+        placement = partial(_expert_shards, ranks=experts_mesh.size(-1))
+        shard(experts, experts_mesh, policy, shard_placement_fn=placement)
+        shard(router, mesh, exact)
+        within |= {experts, router}
+    for unit in units:
+        shard(unit, mesh, policy)
+    shard(model, mesh, policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             # gloo has no scaled sum; NCCL gains nothing from one by 1.
             module.set_force_sum_reduction_for_comms(True)
-    _prefetch([[group[0], *experts] for group, experts in units])
+    _prefetch([[unit[0], *(inner for part in unit for inner in part.modules() if inner in within)] for unit in units])
 
 
 def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
@@ -99,7 +101,7 @@ def _expert_shards(parameter: nn.Parameter, ranks: int) -> Shard:
 def _prefetch(units: list[list[nn.Module]]) -> None:
     """While a unit computes, the next one's parameters are gathered, in forward and in backward order.
 
-    units: the module that a unit's hooks are on, then its experts.
+    units: the module that a unit's hooks are on, then the units within it.
     """
     for unit, after in pairwise(units):
         if isinstance(unit[0], FSDPModule) and isinstance(after[0], FSDPModule):

@@ -18,7 +18,8 @@ AXES = {
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """The degree of every axis; `ep` shares ranks with dp_shard and cp and is no axis of its own.
+    """The degree of every axis; `ep` shares ranks with the others and is no axis of its own: what it must divide also
+    depends on the model (see mesh_rules).
 
     Ranks are laid out row-major over AXES: neighbours in rank differ in `tp` first.
     """
@@ -34,12 +35,6 @@ class ParallelDims:
         for axis, degree in self.degrees.items():
             if degree < 1:
                 raise UserError(f"degree of {axis} is {degree}: must be at least 1")
-        shared = self.dp_shard * self.cp
-        if shared % self.ep:
-            raise UserError(
-                f"parallelism.expert_parallel_degree = {self.ep} does not divide data_parallel_shard_degree x "
-                f"context_parallel_degree = {self.dp_shard} x {self.cp}; valid: {divisors(shared)}"
-            )
 
     @classmethod
     def from_config(cls, parallelism: Parallelism, world_size: int) -> "ParallelDims":

@@ -26,7 +26,8 @@ TensorStyle = Literal[
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """styles: pattern to style; every parameter of the model must be of a module that has one.
+    """styles: pattern to style; every parameter of the model must be of a module that has one, but for those of a
+    mixture's router and experts, which need none.
     divides: sizes, by their names, that the tensor-parallel degree must divide."""
 
     styles: Mapping[str, TensorStyle]
@@ -70,6 +71,12 @@ class ParallelPlan:
     experts: ExpertPlan | None = None
     stages: bool = False
     without: Mapping[str, str] = field(default_factory=dict)
+
+
+def mixture_styles(plan: ExpertPlan) -> dict[str, TensorStyle]:
+    """How a mixture lies under tensor parallelism, in any model. A rank routes its part of the sequence, which needs no
+    gathering; to the experts its tokens are other tokens."""
+    return {plan.moe: "local", f"{plan.moe}.router": "replicated", f"{plan.moe}.experts": "apart"}
 
 
 def capacity(factor: float, seq_len: int, top_k: int, num_experts: int) -> int:

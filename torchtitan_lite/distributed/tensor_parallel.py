@@ -22,26 +22,29 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from torchtitan_lite.distributed.plans import TensorPlan
+from torchtitan_lite.distributed.plans import TensorStyle
 from torchtitan_lite.distributed.units import matches
 
 _SEQUENCE, _VOCABULARY = Shard(1), Shard(-1)
 
 
-def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, plan: TensorPlan, *, loss_parallel: bool) -> None:
+def apply_tensor_parallel(
+    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, TensorStyle], *, loss_parallel: bool
+) -> None:
     """Split `model` (on meta) in place over the one axis of `mesh`. On a pipeline stage, patterns of modules that
     other stages hold match nothing.
 
-    loss_parallel: logits stay split over the vocabulary, as DTensors; else they are gathered.
+    styles: as in TensorPlan, the first that matches counts. loss_parallel: logits stay split over the vocabulary, as
+    DTensors; else they are gathered.
     """
-    styles = _styles(loss_parallel)
+    ways = _styles(loss_parallel)
     apart: set[nn.Parameter] = set()
     for name, module in list(model.named_modules()):
-        style = style_of(name, plan.styles)
+        style = style_of(name, styles)
         if style == "apart":
             apart.update(module.parameters())
         elif style:
-            parallelize_module(module, mesh, styles[style]())
+            parallelize_module(module, mesh, ways[style]())
             if style == "embedding":
                 module.register_forward_hook(_settle)
     for name, parameter in model.named_parameters():

@@ -63,7 +63,8 @@ def console_line(record: dict[str, Any], last_step: int) -> str:
     width = len(str(last_step))
     experts = ""
     if "moe_largest_share" in record:
-        experts = f"  aux {record['moe_aux_loss']:.4f}  largest share {record['moe_largest_share']:.1%}"
+        aux = "" if record["moe_aux_loss"] is None else f"  aux {record['moe_aux_loss']:.4f}"
+        experts = f"{aux}  largest share {record['moe_largest_share']:.1%}"
     return (
         f"step {record['step']:>{width}}/{last_step}  loss {record['loss']:7.4f}  "
         f"grad_norm {record['grad_norm']:7.4f}{experts}  lr {record['lr']:.2e}  "

@@ -9,7 +9,7 @@ import torch
 from tests.models.qwen3.test_qwen3 import _their_name
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.common.moe_shape import MoEShape
-from torchtitan_lite.models.common.routing import Routing
+from torchtitan_lite.models.common.routing import Routing, Rules
 from torchtitan_lite.models.qwen3 import SPEC
 from torchtitan_lite.models.qwen3.args import FLAVORS, Qwen3Args
 
@@ -90,7 +90,7 @@ def test_the_balance_loss_is_that_of_the_reference_over_top_k() -> None:
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
     logits = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(2))
-    _, _, balance = Routing(3)(logits, torch.zeros(8), torch.ones(1))
+    _, _, balance = Routing(3, Rules(aux_loss_coeff=1.0))(logits, torch.zeros(8), torch.ones(1))
     expected = load_balancing_loss_func((logits[0],), 8, 3) / 3
     assert balance[1][-2].item() == pytest.approx(float(expected), rel=1e-6)
 

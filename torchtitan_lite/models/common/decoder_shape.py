@@ -134,12 +134,6 @@ def _tensor_styles(shape: DecoderShape) -> Mapping[str, TensorStyle]:
         styles |= {"layers.*.attention.q_norm": "head_norm", "layers.*.attention.k_norm": "head_norm"}
     if shape.moe is None:
         return styles | _feed_forward_styles("layers.*.feed_forward")
-    # A rank routes its part of the sequence, which needs no gathering; to the experts its tokens are other tokens.
-    styles |= {
-        "layers.*.feed_forward": "local",
-        "layers.*.feed_forward.router": "replicated",
-        "layers.*.feed_forward.experts": "apart",
-    }
     if shape.moe.num_shared_experts:
         styles |= _feed_forward_styles("layers.*.feed_forward.shared")
     return styles

@@ -69,7 +69,8 @@ class Routing(nn.Module):
     def _balance(
         self, logits_BLE: Tensor, scores_BLE: Tensor, chosen_BLK: Tensor, experts_BLK: Tensor, weights_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """This rank's parts of: the loss to add (float32 scalar), and what is counted (float64 [E + EXTRAS]).
+        """This rank's parts of: the loss to add (float32 scalar), and what is counted (float64 [E + EXTRAS]); a loss
+        that the rules give no weight is not computed, and counted as 0.
 
         Balance loss of a sample: E / K x the sum over experts of its share of the choices times its mean score (Fedus
         et al., arXiv:2101.03961, a sample at a time as in arXiv:2405.04434); 1 where all have as much. The share has
@@ -77,10 +78,13 @@ class Routing(nn.Module):
         """
         experts, tokens = scores_BLE.shape[-1], self._tokens(scores_BLE)
         counts_BE = _counts(chosen_BLK, experts)
-        whole_BE = counts_BE if self.sharers is None else all_reduce(counts_BE, "sum", self.sharers.group)
-        share_BE = whole_BE * (experts / (self.top_k * tokens))
-        aux = (weights_B * (share_BE * scores_BLE.sum(1)).sum(-1)).sum() / tokens
-        z = (weights_B * logits_BLE.logsumexp(-1).square().sum(-1)).sum() / tokens
+        aux = z = logits_BLE.new_zeros(())
+        if self.rules.aux_loss_coeff:
+            whole_BE = counts_BE if self.sharers is None else all_reduce(counts_BE, "sum", self.sharers.group)
+            share_BE = whole_BE * (experts / (self.top_k * tokens))
+            aux = (weights_B * (share_BE * scores_BLE.sum(1)).sum(-1)).sum() / tokens
+        if self.rules.z_loss_coeff:
+            z = (weights_B * logits_BLE.logsumexp(-1).square().sum(-1)).sum() / tokens
         real_B = (weights_B > 0).to(torch.float64)
         dropped_B = (experts_BLK == experts).sum((1, 2)).to(torch.float64)
         counted = torch.cat((real_B @ counts_BE.double(), torch.stack((real_B @ dropped_B, aux.detach(), z.detach()))))
