@@ -26,7 +26,13 @@ DEEP_QWEN = replace(QWEN3, name="deep_qwen", flavors={"untied": _DEEP_QWEN, "tie
 # Experts enough for 4 ranks, and a width that 3 divide; shared: with an expert that all tokens meet.
 _MOE = Qwen3Args(64, 4, 8, 4, 48, head_dim=16, vocab_size=384, max_seq_len=512, moe=MoEShape(8, 2))
 MOE = replace(
-    QWEN3, name="tiny_moe", flavors={"routed": _MOE, "shared": replace(_MOE, moe=MoEShape(8, 2, num_shared_experts=1))}
+    QWEN3,
+    name="tiny_moe",
+    flavors={
+        "routed": _MOE,
+        "shared": replace(_MOE, moe=MoEShape(8, 2, num_shared_experts=1)),
+        "greedy": replace(_MOE, moe=MoEShape(8, 9)),  # asks for more than there are
+    },
 )
 MOE_GPT = OUTSIDE_MOE
 SMALL_GPT = replace(GPT, name="small_gpt", flavors={"untied": GPTArgs(64, 4, 4, vocab_size=384, max_seq_len=512)})

@@ -179,17 +179,22 @@ def _router_under_bfloat16(recipe: str, arguments: list[str]) -> bool:
     plan = plan_job(recipe, [*arguments, "--training.mixed_precision_param=bfloat16"], dist.get_world_size())
     parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
     model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), dist.get_rank())
-    exact = []
+    expected: list[Tensor] = []
+    exact: list[bool] = []
 
-    def compare(module: Any, args: Any, out: Tensor) -> None:
-        weight, x = local(module.weight), args[0]
+    def before(module: Any, args: Any) -> None:  # when the weights are gathered
+        (x,), weight = args, local(module.weight)
         assert x.dtype == torch.bfloat16
         assert (weight.bfloat16().float() != weight).any()
-        exact.append(out.dtype == torch.float32 and torch.allclose(out, x.float() @ weight.t(), rtol=1e-5, atol=1e-6))
+        expected.append(x.float() @ weight.t())
+
+    def after(module: Any, args: Any, out: Tensor) -> None:
+        exact.append(out.dtype == torch.float32 and torch.allclose(out, expected[-1], rtol=1e-5, atol=1e-6))
 
     for module in model.parts[0].modules():
         if isinstance(module, Router):
-            module.register_forward_hook(compare)
+            module.register_forward_pre_hook(before)
+            module.register_forward_hook(after)
     tokens = torch.randint(MOE.flavors["routed"].vocab_size, (2, 32))
     model.forward_backward([Batch(tokens, tokens)])
     return len(exact) == MOE.flavors["routed"].n_layers and all(exact)

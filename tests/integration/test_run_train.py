@@ -64,6 +64,21 @@ def test_losses_are_the_golden_ones_and_a_second_start_resumes(recipe: Path, tmp
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == list(range(1, 13))
 
 
+def test_a_mixture_resumes_with_its_experts_on_fewer_ranks(tmp_path: Path, cache: Path) -> None:
+    """The shipped recipe: ep 4, then ep 2, with the losses of one process."""
+    settings = ["train_configs/qwen3_moe_debug.toml", f"--data.cache_folder={cache}", "--validation.enable=false"]
+    settings += ["--training.global_batch_size=4", "--lr_scheduler.total_steps=6", "--metrics.enable_tensorboard=false"]
+    starts = [("one", "1", "1", "6"), ("parts", "4", "4", "3"), ("parts", "2", "2", "6")]
+    for folder, ranks, degree, steps in starts:
+        mesh = (f"--parallelism.expert_parallel_degree={degree}", f"--training.steps={steps}")
+        run = _train(*settings, *mesh, f"--job.dump_folder={tmp_path / folder}", NPROC=ranks)
+        assert run.returncode == 0, run.stderr
+    one, parts = (read_lines(tmp_path / folder / "metrics.jsonl") for folder in ("one", "parts"))
+    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in one], rel=2e-6)
+    assert [line["moe_tokens_per_expert"] for line in parts] == [line["moe_tokens_per_expert"] for line in one]
+    assert "resumed from step 3" in run.stdout
+
+
 def test_it_runs_from_another_folder(recipe: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -81,6 +96,8 @@ def test_help_needs_no_setup() -> None:
 
 def _mistakes(tmp_path: Path, corpus: Path, cache: Path) -> dict[str, tuple[list[str], dict[str, str], str]]:
     good = str(write_recipe(tmp_path / "good.toml", corpus, cache))
+    model = {"spec": "tests.tiny:MOE", "flavor": "routed"}
+    moe = str(write_recipe(tmp_path / "moe.toml", corpus, cache, model=model))
     (tmp_path / "broken.toml").write_text("[training]\nsteps = \n")
     (tmp_path / "empty").mkdir()
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
@@ -94,6 +111,13 @@ def _mistakes(tmp_path: Path, corpus: Path, cache: Path) -> dict[str, tuple[list
         "wrong type": ([good, "--training.steps=many"], {}, r"--training.steps = \"many\": expected an integer"),
         "two words": ([good, "--training.steps", "3"], {}, r"no value; write --training.steps=VALUE"),
         "dense": ([good, "--parallelism.expert_parallel_degree=2"], {"NPROC": "2"}, r"it is dense; set it to 1"),
+        "experts": ([moe, "--parallelism.expert_parallel_degree=3"], {"NPROC": "6"}, r"8 experts .*valid: 1, 2$"),
+        "capacity": (
+            [moe, "--moe.capacity_factor=0.01"],
+            {},
+            r"capacity_factor = 0.01 drops every token.*valid: 0.125",
+        ),
+        "choices": ([moe, "--model.flavor=greedy"], {}, r"top_k = 9, and there are 8 experts; valid: 1 to 8"),
         "heads": ([good, "--parallelism.tensor_parallel_degree=3"], {"NPROC": "3"}, r"does not divide n_heads"),
         "no GPU": (
             [good, *asynchronous, "--compile.enable=true"],
