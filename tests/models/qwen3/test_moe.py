@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.qwen3.test_qwen3 import _their_name
+from tests.models.qwen3.test_qwen3 import their_config, their_name
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.common.moe_shape import MoEShape
 from torchtitan_lite.models.common.routing import Routing, Rules
@@ -25,21 +25,11 @@ def _theirs(args: Qwen3Args) -> Any:
     assert args.moe is not None
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            hidden_size=args.dim,
-            intermediate_size=args.ffn_dim,
+            **their_config(args),
             moe_intermediate_size=args.ffn_dim,
-            num_hidden_layers=args.n_layers,
-            num_attention_heads=args.n_heads,
-            num_key_value_heads=args.n_kv_heads,
-            head_dim=args.head_dim,
-            vocab_size=args.vocab_size,
-            max_position_embeddings=args.max_seq_len,
-            rms_norm_eps=args.norm_eps,
-            rope_parameters={"rope_theta": args.rope_theta, "rope_type": "default"},
             num_experts=args.moe.num_experts,
             num_experts_per_tok=args.moe.top_k,
             norm_topk_prob=True,
-            attn_implementation="eager",
         )
     )
 
@@ -56,7 +46,7 @@ def _their_weights(ours: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         elif "router" in name:
             found[f"model.{layer}.mlp.gate.weight"] = value
         elif leaf != "w3":
-            found[_their_name(name)] = value
+            found[their_name(name)] = value
     return found
 
 

@@ -25,7 +25,7 @@ PUBLISHED = {
 }
 
 
-def _their_name(name: str) -> str:
+def their_name(name: str) -> str:
     module, _, leaf = name.rpartition(".")
     if module in TOP_NAMES:
         return f"{TOP_NAMES[module]}.{leaf}"
@@ -33,25 +33,28 @@ def _their_name(name: str) -> str:
     return f"model.layers.{layer}.{_NAMES[rest]}.{leaf}"
 
 
+def their_config(args: Qwen3Args) -> dict[str, Any]:
+    """What dense models and mixtures have in common."""
+    return {
+        "hidden_size": args.dim,
+        "intermediate_size": args.ffn_dim,
+        "num_hidden_layers": args.n_layers,
+        "num_attention_heads": args.n_heads,
+        "num_key_value_heads": args.n_kv_heads,
+        "head_dim": args.head_dim,
+        "vocab_size": args.vocab_size,
+        "max_position_embeddings": args.max_seq_len,
+        "rms_norm_eps": args.norm_eps,
+        "rope_parameters": {"rope_theta": args.rope_theta, "rope_type": "default"},
+        "tie_word_embeddings": args.tied,
+        "attn_implementation": "eager",
+    }
+
+
 def _theirs(args: Qwen3Args) -> Any:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    return Qwen3ForCausalLM(
-        Qwen3Config(
-            hidden_size=args.dim,
-            intermediate_size=args.ffn_dim,
-            num_hidden_layers=args.n_layers,
-            num_attention_heads=args.n_heads,
-            num_key_value_heads=args.n_kv_heads,
-            head_dim=args.head_dim,
-            vocab_size=args.vocab_size,
-            max_position_embeddings=args.max_seq_len,
-            rms_norm_eps=args.norm_eps,
-            rope_parameters={"rope_theta": args.rope_theta, "rope_type": "default"},
-            tie_word_embeddings=args.tied,
-            attn_implementation="eager",
-        )
-    )
+    return Qwen3ForCausalLM(Qwen3Config(**their_config(args)))
 
 
 @pytest.mark.parametrize("args", [BASE, replace(BASE, tied=True)], ids=["untied", "tied"])
@@ -62,7 +65,7 @@ def test_logits_and_gradients_are_those_of_the_reference(args: Qwen3Args) -> Non
         for name, parameter in ours.named_parameters():
             if "norm" in name:
                 parameter.mul_(torch.linspace(0.5, 1.5, parameter.numel()))
-    weights = {_their_name(name): value.detach() for name, value in ours.named_parameters()}
+    weights = {their_name(name): value.detach() for name, value in ours.named_parameters()}
     missing, unexpected = theirs.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
@@ -74,7 +77,7 @@ def test_logits_and_gradients_are_those_of_the_reference(args: Qwen3Args) -> Non
     expected.backward(direction)
     grads = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        reference = grads[_their_name(name)]
+        reference = grads[their_name(name)]
         assert (parameter.grad - reference).norm() < 1e-5 * reference.norm(), name
 
 
