@@ -1,8 +1,13 @@
 """The launcher under run_train.sh: preflight without torch, then torchrun in this process."""
 
-import logging
 import os
 import signal
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):  # not ignored
+    # No exception among imports, a model's from outside too: some of what torch imports swallows every one.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import logging
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -31,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(count_from("OMP_NUM_THREADS", max(1, cores() // ranks)))
         rendezvous = _rendezvous(nodes)
         plan = plan_job(recipe, overrides, nodes * ranks)
+        if callable(signal.getsignal(signal.SIGINT)):
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half prepared is taken away
         prepare_job(plan)
         # For an answer before torch is imported; rank 0 takes it for good. Launchers of several nodes would collide.
         with run_folder_held(plan.folder) if nodes == 1 else nullcontext():
@@ -70,7 +77,7 @@ def _rendezvous(nodes: int) -> list[str]:
 
 def _torchrun(command: list[str], plan: JobPlan) -> int:
     """Run torchrun's own entry; it returns after the last rank, and passes signals on to all of them."""
-    # No exception while torch is imported: some of what it imports swallows every one.
+    # While torch is imported, as above.
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException

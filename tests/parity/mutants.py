@@ -235,8 +235,8 @@ def compiled_wait() -> Iterator[None]:
 @mutant("rotary positions of a rank's tokens count from 0", case(2, cp=2))
 def rope_offset() -> Iterator[None]:
     def wrong(right: Any) -> Any:
-        def arguments(self: Any, documents: Any) -> Any:
-            given = right(self, documents)
+        def arguments(self: Any, *args: Any) -> Any:
+            given = right(self, *args)
             return {**given, "positions_L": torch.arange(len(given["positions_L"]))}
 
         return arguments
