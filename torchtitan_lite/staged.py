@@ -68,8 +68,7 @@ class StagedModel(TrainableModel):
         # Moved here: FSDP would move it too, from memory that is not pinned.
         given = {"documents": self.on_device(torch.cat(documents))} if documents else {}
         if samples is not None and self.balance is not None:
-            weights = [self.sample_weights(batch, samples) for batch in batches]
-            given["weights_B"] = torch.cat([each for each in weights if each is not None])
+            given["weights_B"] = torch.cat([self.sample_weights(batch, samples) for batch in batches])
         losses: list[Tensor] = []
         call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
         if not losses:

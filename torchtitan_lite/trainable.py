@@ -119,11 +119,9 @@ class TrainableModel(ABC):
         dist.all_reduce(counts)
         return counts[0], counts[1]
 
-    def sample_weights(self, batch: Batch, samples: Tensor) -> Tensor | None:
-        """Of each sample in a mean over the `samples` of the global batch: float32 [batch], 0 where one has no label;
-        None where nothing is averaged so."""
-        if self.balance is None:
-            return None
+    def sample_weights(self, batch: Batch, samples: Tensor) -> Tensor:
+        """Of each sample in a mean over the `samples` of the global batch: float32 [batch], 0 where one has no
+        label."""
         return self.on_device((batch.labels != IGNORE).any(1)) / samples
 
 
@@ -140,7 +138,8 @@ class WholeModel(TrainableModel):
         total = torch.zeros((), device=self.place.device)
         for index, batch in enumerate(batches):
             reduce_gradients(module, index == len(batches) - 1, whole=self._whole_gradients)
-            loss = self._loss_sum(batch, self.sample_weights(batch, samples)) / valid
+            weights = None if self.balance is None else self.sample_weights(batch, samples)
+            loss = self._loss_sum(batch, weights) / valid
             loss.backward()
             total += loss.detach()
         return self.reported(total)

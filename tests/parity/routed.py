@@ -78,7 +78,7 @@ class Watch:
             sharers = self._routing.sharers
             positions = torch.arange(trainer.config.training.seq_len)
             if sharers is not None:
-                positions = sharers.positions_S.chunk(sharers.group.size())[sharers.group.rank()]
+                positions = sharers.own_L
             choices, gaps = zip(*steps, strict=True)
             found.append((name, share, positions, torch.stack(choices), torch.stack(gaps)))
         state = trainer.model.state_dict()

@@ -25,6 +25,11 @@ class Sharers:
     group: dist.ProcessGroup
     positions_S: Tensor
 
+    @property
+    def own_L(self) -> Tensor:
+        """Positions of this rank's tokens."""
+        return self.positions_S.chunk(self.group.size())[self.group.rank()]
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -94,7 +99,7 @@ class Routing(nn.Module):
         batch, length, experts = scores_BLE.shape
         positions_L = torch.arange(length, device=scores_BLE.device)
         if self.sharers is not None:
-            positions_L = self.sharers.positions_S.chunk(self._parts)[self.sharers.group.rank()]
+            positions_L = self.sharers.own_L
         every = torch.arange(self.top_k, device=scores_BLE.device)
         return ((positions_L[:, None] * self.top_k + every) % experts).expand(batch, -1, -1)
 
@@ -107,16 +112,11 @@ class Routing(nn.Module):
         whole_BSK = gather(chosen_BLK, self.sharers.group).movedim(0, 1).flatten(1, 2)
         by_position = torch.empty_like(whole_BSK)
         by_position[:, self.sharers.positions_S] = whole_BSK
-        own_L = self.sharers.positions_S.chunk(self._parts)[self.sharers.group.rank()]
-        return chosen_BLK.where(_places(by_position, experts)[:, own_L] < limit, experts)
+        return chosen_BLK.where(_places(by_position, experts)[:, self.sharers.own_L] < limit, experts)
 
     def _tokens(self, x: Tensor) -> int:
         """Of a whole sample."""
-        return x.shape[1] * self._parts
-
-    @property
-    def _parts(self) -> int:
-        return 1 if self.sharers is None else self.sharers.group.size()
+        return x.shape[1] * (1 if self.sharers is None else self.sharers.group.size())
 
 
 def _counts(chosen_BLK: Tensor, experts: int) -> Tensor:
