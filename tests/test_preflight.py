@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.reading import contents
 from tests.tiny import SPEC, TINY, write_recipe
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.errors import UserError
@@ -29,7 +30,7 @@ def _started(recipe: Path, *overrides: str) -> JobPlan:
 def _checkpoint(plan: JobPlan, step: int) -> None:
     staging = storage.staging_folder(plan.checkpoint_folder, step)
     staging.mkdir(parents=True)
-    storage.publish(staging, storage.step_folder(plan.checkpoint_folder, step), {"step": step})
+    storage.publish(staging, storage.step_folder(plan.checkpoint_folder, step), contents(step))
 
 
 def test_a_plan_holds_the_recipe_resolved_for_the_world_size(recipe: Path, tmp_path: Path) -> None:
@@ -294,6 +295,20 @@ def test_checkpoints_are_looked_for_in_the_folder_that_the_recipe_names(recipe: 
     _checkpoint(plan_job(recipe, ["--checkpoint.enable=true", "--checkpoint.folder=saved"], 1), 20)
     assert finished_step(plan_job(recipe, ["--checkpoint.enable=true"], 1)) is None
     assert finished_step(plan_job(recipe, ["--checkpoint.enable=true", "--checkpoint.folder=saved"], 1)) == 20
+
+
+def test_a_step_to_go_back_to_has_a_checkpoint(recipe: Path) -> None:
+    plan = plan_job(recipe, ["--checkpoint.enable=true", "--checkpoint.load_step=7"], 1)
+    for step in (5, 10):
+        _checkpoint(plan, step)
+    with pytest.raises(UserError, match=r"checkpoint\.load_step = 7: .* has no such checkpoint; there are: 5, 10$"):
+        prepare_job(plan)
+
+
+def test_what_a_run_starts_from_exists(recipe: Path, tmp_path: Path) -> None:
+    plan = plan_job(recipe, [f"--checkpoint.initial_load_path={tmp_path / 'nowhere'}"], 1)
+    with pytest.raises(UserError, match='nowhere": is neither a checkpoint nor a folder of some'):
+        prepare_job(plan)
 
 
 def test_a_run_folder_is_held_by_one_and_free_afterwards(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from tests.checkpoint.reading import whole_tensors
 from tests.ranks import RankPool
 from tests.tiny import write_recipe
 from torchtitan_lite.checkpoint import storage
@@ -68,22 +68,6 @@ def test_accumulation_and_an_odd_batch_change_nothing(pool: RankPool, recipe: Pa
         assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in one], rel=1e-6)
 
 
-def _state(folder: Path, step: int, tmp_path: Path) -> dict[str, torch.Tensor]:
-    path = tmp_path / "state.pt"
-    dcp_to_torch_save(storage.step_folder(folder / "checkpoint", step), path)
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            flat[prefix] = value
-        else:
-            for key, inner in value.items():
-                walk(f"{prefix}/{key}", inner)
-
-    walk("", torch.load(path, weights_only=False))
-    return flat
-
-
 @pytest.mark.parametrize(("ranks", "replicate"), [(1, 1), (2, 1), (2, 2)])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     pool: RankPool, tmp_path: Path, corpus: Path, cache: Path, ranks: int, replicate: int
@@ -107,7 +91,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(
     assert read_lines(tmp_path / "parts" / "samples.jsonl") == read_lines(tmp_path / "whole" / "samples.jsonl")
     events = read_lines(tmp_path / "parts" / "events.jsonl")
     assert [event["step"] for event in events if event["event"] == "resume"] == [7]
-    saved, expected = (_state(tmp_path / name, 20, tmp_path) for name in ("parts", "whole"))
+    ends = (storage.step_folder(tmp_path / name / "checkpoint", 20) for name in ("parts", "whole"))
+    saved, expected = map(whole_tensors, ends)
     assert set(saved) == set(expected)
     assert any("exp_avg_sq" in name for name in saved)
     assert all(torch.equal(saved[name], expected[name]) for name in expected)

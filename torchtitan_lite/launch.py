@@ -18,6 +18,7 @@ from torchtitan_lite.distributed.environment import accelerators, cores, count_f
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, plan_job, prepare_job, run_folder_held
+from torchtitan_lite.run_record import read_stopped
 from torchtitan_lite.train import already_finished
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "train_configs" / "llama3_debug.toml"
@@ -52,8 +53,19 @@ def main(arguments: Sequence[str]) -> int:
         return 130
     if nodes > 1:
         logger.info("waiting for %d nodes at %s", nodes, os.environ["RDZV_ENDPOINT"])
-    command = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", *rendezvous, "-m", "torchtitan_lite.train"]
+    # Ranks that cannot leave in time say so themselves, a moment before they are killed.
+    patience = plan.config.elastic.grace_seconds + 2
+    command = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", *rendezvous, f"--shutdown-timeout={patience}"]
+    command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "torchtitan_lite.train"]
     return _torchrun([*command, str(recipe), *overrides], plan)
+
+
+def _what_is_kept(plan: JobPlan) -> str:
+    steps = published_steps(plan.checkpoint_folder)
+    begin = f"resumes from step {steps[-1]}" if steps else "begins anew, there is no checkpoint yet"
+    stopped = read_stopped(plan.folder)
+    at_step = f" at step {stopped['step']}" if stopped else ""
+    return f"{at_step}; the next start {begin}"
 
 
 def split_recipe(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -92,9 +104,7 @@ def _torchrun(command: list[str], plan: JobPlan) -> int:
     try:
         run.main(command)
     except SignalException as stopped:
-        steps = published_steps(plan.checkpoint_folder)
-        begin = f"resumes from step {steps[-1]}" if steps else "begins anew, there is no checkpoint yet"
-        print(f"stopped by {stopped.sigval.name}; the next start {begin}", file=sys.stderr)
+        print(f"stopped by {stopped.sigval.name}{_what_is_kept(plan)}", file=sys.stderr)
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
         print(f"error: the nodes did not meet: {' '.join(str(error).split())}", file=sys.stderr)

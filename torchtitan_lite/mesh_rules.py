@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil, floor, gcd, lcm, log10
 
-from torchtitan_lite.config.schema import JobConfig
+from torchtitan_lite.config.schema import Checkpoint, JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.distributed.plans import ParallelPlan, capacity
@@ -203,7 +203,30 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
         idle += [f"{key} = {value} has no effect on a model without experts" for key, value in changed.items()]
     elif moe.overlap_halves and parallelism.expert_parallel_degree == 1:
         idle.append("moe.overlap_halves = True has no effect while parallelism.expert_parallel_degree = 1")
-    return idle
+    return idle + _checkpoint_keys_without_effect(config.checkpoint)
+
+
+def _checkpoint_keys_without_effect(section: Checkpoint) -> list[str]:
+    defaults = Checkpoint()
+    saving = (
+        "interval",
+        "interval_minutes",
+        "keep_latest_k",
+        "async_mode",
+        "strict",
+        "load_step",
+        "last_save_model_only",
+    )
+    needs: Iterable[tuple[bool, str, Iterable[str]]] = (
+        (section.enable, "checkpoint.enable = false", saving),
+        (bool(section.initial_load_path), "checkpoint.initial_load_path is empty", ("initial_load_model_only",)),
+    )
+    return [
+        f"checkpoint.{key} = {getattr(section, key)} has no effect while {reason}"
+        for has_effect, reason, keys in needs
+        for key in keys
+        if not has_effect and getattr(section, key) != getattr(defaults, key)
+    ]
 
 
 def _exchanges_heads(heads: int, kv_heads: int, ranks: int) -> bool:

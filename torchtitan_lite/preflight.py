@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchtitan_lite.checkpoint.storage import published_steps
+from torchtitan_lite.checkpoint.storage import find_checkpoint, published_steps, step_folder, verified
 from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
@@ -26,6 +26,7 @@ from torchtitan_lite.models.registry import find_model
 from torchtitan_lite.models.spec import ModelSpec
 from torchtitan_lite.observability.sinks import LINE_FILES
 from torchtitan_lite.optim.schedule import Schedule, build_schedule
+from torchtitan_lite.strict_json import flat
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     _async_tensor_parallel_needs_accelerators(config)
     _make_writable(plan.folder, (config.checkpoint.folder, config.metrics.save_tb_folder))
     _resume_needs_checkpoints_on(plan)
+    _named_checkpoints_exist(plan)
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, plan.model_args.vocab_size)
     require_samples(prepared, config.training.seq_len, config.validation.enable)
     _refuse_another_run(plan, prepared)
@@ -132,9 +134,15 @@ def identity(plan: JobPlan, prepared: Prepared) -> dict[str, Any]:
 
 
 def finished_step(plan: JobPlan) -> int | None:
-    """The step of a checkpoint that already is at training.steps or past it; None where the run has more to do."""
-    steps = published_steps(plan.checkpoint_folder) if plan.config.checkpoint.enable else []
-    return steps[-1] if steps and steps[-1] >= plan.config.training.steps else None
+    """The step of a good checkpoint that already is at training.steps or past it; None where the run has more to do.
+
+    Reads the whole of it: a run whose last checkpoint is bad is not finished.
+    """
+    section = plan.config.checkpoint
+    steps = published_steps(plan.checkpoint_folder) if section.enable and section.load_step == -1 else []
+    if not steps or steps[-1] < plan.config.training.steps:
+        return None
+    return None if verified(step_folder(plan.checkpoint_folder, steps[-1])) else steps[-1]
 
 
 @contextmanager
@@ -186,6 +194,17 @@ def _resume_needs_checkpoints_on(plan: JobPlan) -> None:
         )
 
 
+def _named_checkpoints_exist(plan: JobPlan) -> None:
+    section, steps = plan.config.checkpoint, published_steps(plan.checkpoint_folder)
+    if section.enable and section.load_step != -1 and section.load_step not in steps:
+        raise UserError(
+            f"checkpoint.load_step = {section.load_step}: {plan.checkpoint_folder} has no such checkpoint; there are: "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
+    if section.initial_load_path and not steps:
+        find_checkpoint(section.initial_load_path)
+
+
 def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
     """A run folder continues the run that made it, or nothing."""
     path = plan.folder / "config.json"
@@ -206,11 +225,3 @@ def _refuse_another_run(plan: JobPlan, prepared: Prepared) -> None:
                 f"{plan.folder}: its run has {key} = {was}, this one {value}, which may not change on a resume; "
                 "choose another job.dump_folder or set it back"
             )
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested table as one of dotted names."""
-    leaves: dict[str, Any] = {}
-    for key, value in table.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves

@@ -1,8 +1,11 @@
-"""config.json of a run folder: the resolved config and what it ran on. No torch."""
+"""What a run says of itself: config.json, the head of its manifests, and how it was stopped. No torch."""
 
+import json
 import platform
 import subprocess
+import time
 from dataclasses import asdict
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,8 @@ import torchtitan_lite
 from torchtitan_lite.preflight import JobPlan
 from torchtitan_lite.strict_json import strict_dumps
 
-_RECORDED = ("torch", "numpy", "sentencepiece")
+STOPPED = "stopped.json"
+_RECORDED = ("torch", "numpy", "sentencepiece", "safetensors")
 
 
 def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str) -> None:
@@ -31,6 +35,37 @@ def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str)
     temporary = path.with_suffix(".json.partial")
     temporary.write_text(strict_dumps(record, indent=1))
     temporary.rename(path)
+
+
+def manifest_record(plan: JobPlan, identity: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's manifest says of the run that saved it."""
+    config = strict_dumps(asdict(plan.config))
+    return {
+        "mesh": {**plan.dims.degrees, "ep": plan.dims.ep},
+        "global_batch_size": plan.config.training.global_batch_size,
+        "config_sha256": sha256(config.encode()).hexdigest(),
+        "versions": _versions(),
+        "identity": json.loads(json.dumps(identity)),
+    }
+
+
+def write_stopped(folder: Path, **how: Any) -> None:
+    """Mark that a run ended as a signal asked it to, nothing lost: step, signal, saved (its checkpoint's step)."""
+    temporary = folder / f"{STOPPED}.partial"
+    temporary.write_text(strict_dumps({**how, "time": time.time()}, indent=1))
+    temporary.rename(folder / STOPPED)
+
+
+def read_stopped(folder: Path) -> dict[str, Any] | None:
+    """What write_stopped left; None where the run has gone on since, or did not end so."""
+    try:
+        return dict(json.loads((folder / STOPPED).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def clear_stopped(folder: Path) -> None:
+    (folder / STOPPED).unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

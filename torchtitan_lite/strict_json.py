@@ -2,12 +2,21 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 
 def strict_dumps(value: Any, indent: int | None = None) -> str:
     """`json.dumps`, with "inf", "-inf" and "nan" for floats that are not finite. float() reads them back."""
     return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested table as one of dotted names."""
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
 
 
 def _finite(value: Any) -> Any:

@@ -20,43 +20,39 @@ from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed.environment import environment_ranks
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
-from torchtitan_lite.preflight import JobPlan, finished_step, flat, identity, plan_job, prepare_job, run_folder_held
+from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
+from torchtitan_lite.strict_json import flat
 
 logger = logging.getLogger("torchtitan_lite")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train; return the exit code: 0 done, 2 the user's mistake."""
+    """Train; return the exit code: 0 done or stopped by a signal, 2 the user's mistake, 75 to be started again."""
     rank, world_size = environment_ranks()
     try:
         setup_logging(shown=rank in shown_ranks(world_size))
         if not arguments or arguments[0].startswith("--"):
             raise UserError("no recipe; name a TOML file first, as in train_configs/llama3_debug.toml")
         plan = plan_job(arguments[0], arguments[1:], world_size)
-        run(plan, rank)
+        return run(plan, rank)
     except UserError as error:
         print(error.line(), file=sys.stderr)
         return 2
-    return 0
 
 
-def run(plan: JobPlan, rank: int) -> None:
-    """Prepare, train, say where everything is."""
+def run(plan: JobPlan, rank: int) -> int:
+    """Prepare, train, say where everything is; return the exit code."""
     for what, value in plan.derived():
         logger.info("%-8s  %s", what, value)
     for warning in plan.warnings():
         logger.warning("warning   %s", warning)
     prepared = prepare_job(plan)
     logger.info("data      %s tokens, %s held out", f"{prepared.train.tokens:,}", f"{prepared.validation.tokens:,}")
-    if (step := finished_step(plan)) is not None:
-        logger.info(already_finished(plan, step))
-        return
     with run_folder_held(plan.folder) if rank == 0 else nullcontext():
-        _train(plan, prepared)
-    logger.info(where_it_is(plan))
+        return _train(plan, prepared)
 
 
-def _train(plan: JobPlan, prepared: Prepared) -> None:
+def _train(plan: JobPlan, prepared: Prepared) -> int:
     # Here, not above: a mistake in the recipe is answered before torch is paid for.
     from torchtitan_lite.distributed import runtime
     from torchtitan_lite.observability.sinks import RunLog
@@ -73,11 +69,21 @@ def _train(plan: JobPlan, prepared: Prepared) -> None:
         # A folder that is not shared between nodes would have some resume and others start.
         settings["checkpoints in the run folder"] = published_steps(plan.checkpoint_folder)
         runtime.require_equal_on_all_ranks(settings)
+        if (step := runtime.from_first_rank(finished_step(plan) if here.rank == 0 else None)) is not None:
+            logger.info(already_finished(plan, step))
+            return 0
         if here.rank == 0:
             write_config_json(plan, identity(plan, prepared), here.device_name)
-        Trainer(plan, prepared, here, RunLog(plan.folder, writes=here.rank == 0)).train()
+        trainer = Trainer(plan, prepared, here, RunLog(plan.folder, writes=here.rank == 0))
+        try:
+            stopped_by = trainer.train()
+        finally:
+            trainer.close()
     finally:
         runtime.stop()
+    if not stopped_by:
+        logger.info(where_it_is(plan))
+    return trainer.exit_code(stopped_by)
 
 
 def _without_accelerator(config: JobConfig) -> None:
@@ -90,6 +96,10 @@ def _without_accelerator(config: JobConfig) -> None:
     if config.training.mixed_precision_param != "float32":
         logger.info(
             'bfloat16 is many times slower than float32 on most CPUs: training.mixed_precision_param = "float32"'
+        )
+    if config.checkpoint.enable and config.checkpoint.async_mode == "async_with_pinned_mem":
+        logger.info(
+            'checkpoint.async_mode = "async_with_pinned_mem": no CUDA, so the copies that are kept are not pinned'
         )
     if config.training.enable_cpu_offload:
         logger.warning("training.enable_cpu_offload = true saves nothing: this machine has host memory only")

@@ -2,19 +2,25 @@
 
 import gc
 import logging
+import os
+import signal
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 from torch import Tensor
 
 from torchtitan_lite.assembly import Recipe, assemble
-from torchtitan_lite.checkpoint.manager import CheckpointManager, Progress
+from torchtitan_lite.checkpoint.cadence import Cadence
+from torchtitan_lite.checkpoint.manager import CheckpointManager, Loaded, Progress
 from torchtitan_lite.data.loader import Batch, SampleStore, TrainLoader, validation_batches
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed import runtime
 from torchtitan_lite.distributed.mesh import axis, build_mesh
+from torchtitan_lite.elastic.agreement import Agreed, agree
+from torchtitan_lite.elastic.preemption import RESTART, StopSignals, restarts_left
+from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.hardware import peak_tflops
 from torchtitan_lite.observability.memory import peak_memory_gib
 from torchtitan_lite.observability.metrics import StepClock, console_line
@@ -22,6 +28,7 @@ from torchtitan_lite.observability.sinks import RunLog, TensorBoard
 from torchtitan_lite.optim.gradients import clip_by_global_norm
 from torchtitan_lite.optim.optimizer import build_optimizer
 from torchtitan_lite.preflight import JobPlan, identity
+from torchtitan_lite.run_record import clear_stopped, manifest_record, write_stopped
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +52,9 @@ class Trainer:
     """One run on one rank.
 
     Configuration: plan, config, here (this process among the others).
-    Components: model, optimizer, loader, held_out, checkpoints, clock, log, stages (the ranks of its pipeline).
-    State: progress.
+    Components: model, optimizer, loader, held_out, checkpoints, cadence, signals, clock, log, stages (the ranks of its
+    pipeline).
+    State: progress, saved (the step of the newest checkpoint).
     """
 
     def __init__(self, plan: JobPlan, prepared: Prepared, here: runtime.Runtime, log: RunLog) -> None:
@@ -65,42 +73,55 @@ class Trainer:
         self.loader = TrainLoader(train_store, plan.batch, self.batch_rank, config.debug.seed)
         self.held_out = held_out_store if config.validation.enable else None
         self.checkpoints = CheckpointManager(
+            config.checkpoint,
             plan.checkpoint_folder,
-            config.checkpoint.keep_latest_k,
             self.model,
             self.optimizer,
-            identity(plan, prepared),
+            manifest_record(plan, identity(plan, prepared)),
+            plan.dims.first_peer(here.rank),
+            log.event,
         )
+        self.cadence = Cadence(config.checkpoint.interval, config.checkpoint.interval_minutes)
+        self.signals = StopSignals(config.elastic.grace_seconds)
         # The table's peaks are bfloat16's.
         peak = peak_tflops(here.device_name) if config.training.mixed_precision_param == "bfloat16" else None
         flops_per_token = sum(plan.model_args.flops_by_module(seq_len).values())
         self.clock = StepClock(flops_per_token, plan.tokens_per_step, here.world_size, peak)
-        self.progress = Progress()
+        self.progress, self.saved = Progress(), 0
 
-    def train(self) -> None:
-        """Run to training.steps, from the latest checkpoint where there is one."""
+    def train(self) -> int:
+        """Run to training.steps, from the latest checkpoint where there is one.
+
+        Returns the number of the signal that ended it before, at a step that is saved; 0 where none did.
+        """
         self._resume()
         config, last = self.config, self.config.training.steps
         tensorboard = self._open_tensorboard()
         # Collecting whenever the interpreter likes would stall ranks at different times.
         gc.disable()
         self.clock.restart()
-        first = self.progress.step + 1
+        first, stop = self.progress.step + 1, 0
+        self.signals.hold(signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
         for step in range(first, last + 1):
             result = self.step(self._next_batches(step))
-            if step in (first, last) or step % config.metrics.log_freq == 0:
+            if step == first:
+                # Until here a Ctrl-C ends the rank at once: there is nothing to save yet, and much to compile.
+                self.signals.hold(signal.SIGINT)
+            agreed = self._agree()
+            if step in (first, last) or agreed.stop or step % config.metrics.log_freq == 0:
                 self._report(result, tensorboard)
             if step == first:
-                runtime.tighten_timeouts(config.comm.train_timeout_seconds)
+                runtime.tighten_timeouts(config.comm.train_timeout_seconds, self.checkpoints.group)
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
-            if self.held_out is not None and (step == last or step % config.validation.freq == 0):
-                self._validate(self.held_out, tensorboard)
-            if config.checkpoint.enable and (step == last or step % config.checkpoint.interval == 0):
-                self._save()
-        self.log.event("end", self.progress.step)
+            if self.held_out is not None and (step == last or step % config.validation.freq == 0) and not agreed.stop:
+                agreed = self._validate(self.held_out, tensorboard, agreed)
+            if stop := self._save_where_due(agreed):
+                break
+        self._end(stop)
         if tensorboard is not None:
             tensorboard.close()
+        return stop
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step on this rank's micro-batches of a global batch."""
@@ -149,41 +170,141 @@ class Trainer:
             scalars = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
             tensorboard.write(self.progress.step, scalars)
 
-    def _validate(self, store: SampleStore, tensorboard: TensorBoard | None) -> None:
-        """Loss on the held-out part; training's position stays where it is. Collective."""
+    def _validate(self, store: SampleStore, tensorboard: TensorBoard | None, agreed: Agreed) -> Agreed:
+        """Loss on the held-out part; training's position stays where it is. Collective.
+
+        Returns what ranks have agreed upon last: told to stop, they leave it unfinished.
+        """
         section, per_step = self.config.validation, self.config.training.global_batch_size
         samples = store.samples if section.steps == -1 else section.steps * per_step
+
+        def until_told_to_stop(batches: Iterable[Batch]) -> Iterator[Batch]:
+            nonlocal agreed
+            for batch in batches:
+                agreed = self._agree()
+                if agreed.stop:
+                    return
+                yield batch
+
         with self.clock.paused():
             # A pipeline's micro-batches have one size.
             size = self.plan.batch.microbatch_size if self.plan.pipeline else section.local_batch_size
             batches = validation_batches(store, samples, size, self.batch_rank, self.plan.dims.batch_ranks)
-            loss = self.model.evaluate(batches).item()
-        self.log.event("validation", self.progress.step, loss=loss)
-        logger.info("validation loss %.4f", loss)
-        if tensorboard is not None:
-            tensorboard.write(self.progress.step, {"validation_loss": loss})
+            loss = self.model.evaluate(until_told_to_stop(batches)).item()
+        if not agreed.stop:
+            self.log.event("validation", self.progress.step, loss=loss)
+            logger.info("validation loss %.4f", loss)
+            if tensorboard is not None:
+                tensorboard.write(self.progress.step, {"validation_loss": loss})
+        return agreed
 
-    def _save(self) -> None:
+    def _agree(self) -> Agreed:
+        saver = self.checkpoints.saver
+        return agree(self.signals.received, saver.written or not saver.in_flight, self.cadence.by_clock())
+
+    def _save_where_due(self, agreed: Agreed) -> int:
+        """Save where it is time to, and take note of the save in flight. Collective; returns the signal to stop at."""
+        section, step, saver = self.config.checkpoint, self.progress.step, self.checkpoints.saver
+        if not section.enable:
+            return agreed.stop
+        final = step == self.config.training.steps
+        ends = final or bool(agreed.stop)
+        due = ends or agreed.due or self.cadence.due(step)
         with self.clock.paused():
-            started = time.perf_counter()
-            folder = self.checkpoints.save(self.progress)
-            seconds = time.perf_counter() - started
-        self.log.event("checkpoint", self.progress.step, path=str(folder), seconds=seconds)
-        logger.info("checkpoint %s in %.2f s", folder, seconds)
+            if saver.in_flight and (due or agreed.written):
+                self._take_note()
+            for attempt in range(3 if ends else 1):
+                if not due or self.saved == step:
+                    break
+                time.sleep(attempt)  # before another attempt, where there will be no next step
+                self.cadence.began()
+                self.checkpoints.save(self.progress, model_only=final and section.last_save_model_only)
+                if ends or section.async_mode == "disabled":
+                    self._take_note()
+            if ends and self.saved != step:
+                raise UserError(
+                    f"the checkpoint of step {step} could not be written, the last one is of step {self.saved}; make "
+                    "room or mend the folder, and start again"
+                )
+            # A signal that came during the save finds its step saved.
+            return agreed.stop or (self._agree().stop if self.saved == step else 0)
+
+    def _take_note(self) -> None:
+        """Wait for the save in flight, say how it went, and try again soon where it failed."""
+        outcome = self.checkpoints.saver.outcome()
+        times = {"seconds": outcome.seconds, "stalled_s": outcome.stalled}
+        if outcome.error is None:
+            self.saved = outcome.step
+            self.cadence.succeeded()
+            self.log.event("checkpoint", outcome.step, path=str(outcome.folder), **times)
+            logger.info("checkpoint %s in %.2f s, training waited %.2f s", outcome.folder, *times.values())
+            return
+        retry = self.cadence.failed(self.progress.step)
+        self.log.event("checkpoint failed", outcome.step, error=outcome.error, **times)
+        logger.error(
+            "the checkpoint of step %d could not be written: %s; trying again after step %d",
+            outcome.step,
+            outcome.error,
+            retry,
+        )
+
+    def _end(self, stop: int) -> None:
+        if not stop:
+            self.log.event("end", self.progress.step)
+            return
+        name, step = signal.Signals(stop).name, self.progress.step
+        self.log.event("preemption", step, signal=name, saved=self.saved)
+        if self.log.writes:
+            write_stopped(self.plan.folder, step=step, signal=name, saved=self.saved)
+
+    def exit_code(self, stop: int) -> int:
+        """0; on a rank that only follows others that were told to stop, what makes torchrun start it again."""
+        return RESTART if stop and not self.signals.received and restarts_left() else 0
 
     def _resume(self) -> None:
-        latest = self.checkpoints.latest() if self.config.checkpoint.enable else None
+        section, before = self.config.checkpoint, None
+        latest = self.checkpoints.latest() if section.enable else None
         self.log.event("start", latest or 0, world_size=self.here.world_size, mesh=str(self.plan.dims))
-        if latest is None:
-            if self.log.attempt > 1:
-                logger.info("no checkpoint in %s: from the start again, earlier lines are superseded", self.plan.folder)
-            return
-        self.progress, saved_ranks = self.checkpoints.load(latest)
+        if self.log.writes:
+            clear_stopped(self.plan.folder)
+        if section.enable:
+            # What torchrun starts again goes on from where it was, not from the step that the user chose once.
+            again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+            before = self.checkpoints.resume(-1 if again else section.load_step)
+        if before is not None:
+            self.progress, self.saved = before.progress, before.progress.step
+            self._went_on_from(before, "resume", "resumed from")
+        elif section.initial_load_path:
+            first = self.checkpoints.load_initial(section.initial_load_path)
+            if not section.initial_load_model_only:
+                excluded = section.exclude_from_loading
+                anew = {"dataloader": {"position": 0}, "train_state": {"step": 0, "tokens_seen": 0}}
+                changes = [entry for part, entry in anew.items() if part in excluded]
+                self.progress = replace(first.progress, **{k: v for entry in changes for k, v in entry.items()})
+            self._went_on_from(first, "initial load", "starting from the tensors of")
+        elif self.log.attempt > 1:
+            logger.info("no checkpoint in %s: from the start again, earlier lines are superseded", self.plan.folder)
         self.loader.position = self.progress.position
-        self.log.event("resume", latest, checkpoint=str(self.checkpoints.folder_of(latest)))
-        if saved_ranks != self.here.world_size:
-            self.log.event("world-size change", latest, before=saved_ranks, now=self.here.world_size)
-        logger.info("resumed from step %d, %s", latest, self.checkpoints.folder_of(latest))
+
+    def _went_on_from(self, loaded: Loaded, event: str, how: str) -> None:
+        step = loaded.progress.step
+        self.log.event(event, step, checkpoint=str(loaded.folder))
+        if loaded.world_size != self.here.world_size:
+            self.log.event("world-size change", step, before=loaded.world_size, now=self.here.world_size)
+        batch = self.config.training.global_batch_size
+        if loaded.global_batch_size != batch:
+            logger.warning(
+                "training.global_batch_size is %d and was %d: the order of samples is kept, steps take others; set it "
+                "in the recipe, -1 makes it follow the number of ranks",
+                batch,
+                loaded.global_batch_size,
+            )
+        logger.info("%s step %d, %s", how, step, loaded.folder)
+
+    def close(self) -> None:
+        """Wait for a save in flight: it is whole or it is none, whatever ended the run."""
+        self.signals.release()
+        self.checkpoints.saver.close()
 
     def _open_tensorboard(self) -> TensorBoard | None:
         section = self.config.metrics

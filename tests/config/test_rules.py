@@ -65,6 +65,16 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         "parallelism.expert_tensor_parallel_degree = 2: tensor parallelism does not split experts",
     ),
     (
+        rules.excluding_needs_something_to_load,
+        JobConfig(checkpoint=Checkpoint(initial_load_path="before", exclude_from_loading=["optimizer"])),
+        "checkpoint.exclude_from_loading = ['optimizer'] leaves out parts",
+    ),
+    (
+        rules.one_step_to_start_from,
+        JobConfig(checkpoint=Checkpoint(initial_load_path="before", load_step=5)),
+        "checkpoint.load_step = 5 goes back to a step of this run",
+    ),
+    (
         rules.text_dataset_needs_a_path,
         JobConfig(training=Training(dataset="text")),
         'training.dataset = "text" needs training.dataset_path',
@@ -120,6 +130,15 @@ PASSED: list[tuple[Rule, JobConfig]] = [
     ),
     (rules.experts_are_not_split, JobConfig(parallelism=Parallelism(tensor_parallel_degree=2))),
     *((rule, JobConfig()) for rule in rules.RULES),
+    (
+        rules.excluding_needs_something_to_load,
+        JobConfig(
+            checkpoint=Checkpoint(
+                initial_load_path="before", initial_load_model_only=False, exclude_from_loading=["optimizer"]
+            )
+        ),
+    ),
+    (rules.one_step_to_start_from, JobConfig(checkpoint=Checkpoint(load_step=5))),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.stdlib_dataset_takes_no_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.outside_spec_takes_no_name, JobConfig(model=Model(spec="package.module:SPEC"))),

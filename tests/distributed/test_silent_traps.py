@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import torchtitan_lite
+from tests.checkpoint.reading import flip_a_bit
 from tests.distributed.test_parity import alone as alone  # the fixture
 from tests.distributed.test_parity import mutant_named
 from tests.parity.mutate import caught_by
@@ -73,12 +74,10 @@ def test_a_bit_flipped_in_a_checkpoint_is_noticed(pool: RankPool, tmp_path: Path
     """torch's distributed checkpoint loads a flipped bit of tensor data as it is."""
     recipe = _recipe(tmp_path, corpus, cache)
     _run(pool, 2, recipe, tmp_path / "run", "--training.steps=5")
-    shard = next((storage.step_folder(tmp_path / "run" / "checkpoint", 5)).glob("__1_*.distcp"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    flip_a_bit(storage.step_folder(tmp_path / "run" / "checkpoint", 5) / storage.file_of(1))
     codes = pool.run(_train_again, 2, str(recipe), str(tmp_path / "run"), group=False)
-    assert codes == [2, 2]
+    assert codes == [2, 2], "there is no other checkpoint"
+    assert [path.name for path in (tmp_path / "run" / "checkpoint").iterdir()] == ["step-00000005.bad"]
 
 
 def _train_again(recipe: str, folder: str) -> int:

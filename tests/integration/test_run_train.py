@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import write_recipe
+from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.observability.sinks import read_lines
+from torchtitan_lite.run_record import read_stopped
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120
@@ -216,15 +218,22 @@ def _rest_of_output(process: "subprocess.Popen[str]", within: float) -> str:
     return rest
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_all_ranks_without_tracebacks(recipe: Path, sent: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_signal_saves_the_step_and_ends_all_ranks(
+    recipe: Path, tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
     process = _start(recipe)
     _read_until(process, "  loss")
     os.killpg(process.pid, sent)
     rest = _rest_of_output(process, within=10)
     assert process.returncode == code
     assert "Traceback" not in rest
-    assert f"stopped by {sent.name}; the next start" in rest
+    saved = published_steps(tmp_path / "run" / "checkpoint")[-1]
+    assert f"stopped by {sent.name} at step {saved}; the next start resumes from step {saved}" in rest
+    stopped = read_stopped(tmp_path / "run")
+    assert stopped is not None
+    assert (stopped["step"], stopped["saved"], stopped["signal"]) == (saved, saved, sent.name)
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == saved, "the step just logged is saved"
 
 
 @pytest.mark.parametrize("delay", [1.0, 2.0, 2.6, 2.9, 3.2])

@@ -1,12 +1,9 @@
-"""Save and load a run with torch's distributed checkpoint (DCP): each rank its shards, any rank any name.
-
-Everything in a checkpoint is a tensor under a name that no mesh changes, or a number in the manifest.
-"""
+"""Save and load a run: which tensors a checkpoint holds, which checkpoint is taken, and what is done with a bad one."""
 
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtitan_lite.checkpoint import storage
+from torchtitan_lite.checkpoint.saver import Saver
+from torchtitan_lite.checkpoint.shards import Stored, is_written_here, part_of
+from torchtitan_lite.checkpoint.storage import Damaged
+from torchtitan_lite.config.schema import Checkpoint
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.strict_json import flat
+
+# What a checkpoint says of its run that a run which goes on from it must share.
+_IDENTITY = ("model", "tokenizer", "data", "training.seq_len", "debug.seed")
+_SLOWEST_DISK = timedelta(hours=1)
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,16 @@ class Progress:
     tokens_seen: int = 0
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What was loaded: where the run stood, how many ranks had saved it, and the samples of its steps."""
+
+    progress: Progress
+    world_size: int
+    global_batch_size: int
+    folder: Path
+
+
 class Model(Protocol):
     """What is saved: this rank's parameters, under names that no other rank has unless they are the same ones."""
 
@@ -37,136 +53,218 @@ class Model(Protocol):
 
 
 class CheckpointManager:
-    """Checkpoints of one run, in `folder`. identity: what may not change on a resume, kept in each manifest."""
+    """Checkpoints of one run, in `folder`.
+
+    record: what a manifest says beside progress and files: identity (what may not change on a resume), mesh, versions.
+    first_peer: the first of the ranks that hold the same layers as this one. event: writes a line of events.jsonl.
+    """
 
     def __init__(
         self,
+        section: Checkpoint,
         folder: Path,
-        keep_latest_k: int,
         model: Model,
         optimizer: torch.optim.Optimizer,
-        identity: Mapping[str, Any],
+        record: Mapping[str, Any],
+        first_peer: int,
+        event: Callable[..., None],
     ) -> None:
-        self._folder, self._keep = folder, keep_latest_k
-        self._model, self._optimizer, self._identity = model, optimizer, identity
+        self._section, self._folder, self._event = section, folder, event
+        self._model, self._optimizer, self._first_peer = model, optimizer, first_peer
         self._device = next(parameter.device.type for _, parameter in model.named_parameters())
+        self._record = {**record, "world_size": dist.get_world_size(), "device": self._device}
+        # Of its own: a rank's disk may be slower than the others' by more than a step may take.
+        self.group = dist.new_group(timeout=_SLOWEST_DISK, backend="gloo")
+        self.saver = Saver(folder, section.async_mode, section.keep_latest_k, self.group)
 
     def latest(self) -> int | None:
-        """The step of the newest checkpoint; None where there is none."""
+        """The step of the newest checkpoint, good or not; None where there is none."""
         steps = storage.published_steps(self._folder)
         return steps[-1] if steps else None
 
-    def folder_of(self, step: int) -> Path:
-        return storage.step_folder(self._folder, step)
+    def save(self, progress: Progress, *, model_only: bool = False) -> None:
+        """Begin to save, or do it where async_mode is disabled; the saver knows how it went. Collective."""
+        tensors = self._tensors(model_only=model_only)
+        own = {
+            name: part_of(tensor)
+            for name, tensor in tensors.items()
+            if name.startswith("rng.") or is_written_here(name, tensor, self._first_peer)
+        }
+        # What the stage's first rank knows of all its ranks' tensors: see Saver.
+        whole = sum(t.numel() for name, t in tensors.items() if not name.startswith("rng."))
+        own = {name: part for name, part in own.items() if part.local.numel()}
+        contents = {**vars(progress), "holds": "model" if model_only else "all", **self._record}
+        self.saver.save(progress.step, own, contents, whole if dist.get_rank() == self._first_peer else 0)
 
-    def save(self, progress: Progress) -> Path:
-        """Write, list, publish; collective. Returns the checkpoint's folder."""
-        import torch.distributed.checkpoint as dcp
+    def resume(self, step: int = -1) -> Loaded | None:
+        """Load the newest good checkpoint, or that of `step`; None where there is none at all. Collective.
 
-        staging = storage.staging_folder(self._folder, progress.step)
-        final = self.folder_of(progress.step)
-        if dist.get_rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)  # what a save that was killed left
-            staging.mkdir(parents=True)
-        dist.barrier()
-        dcp.save(self._tensors(), storage_writer=dcp.FileSystemWriter(staging))
-        files: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-        # Every rank reads back what it wrote, so that the time does not grow with the ranks.
-        dist.all_gather_object(files, storage.file_digests(staging, f"__{dist.get_rank()}_"))
-        if dist.get_rank() == 0:
-            listed = storage.file_digests(staging, ".metadata")
-            for part in files:
-                listed.update(part)
-            if missing := [name for name in listed if not (staging / name).exists()]:
-                raise UserError(f"{staging}: rank 0 does not see {missing[0]}; the nodes must share the run folder")
-            contents = {
-                "step": progress.step,
-                "position": progress.position,
-                "tokens_seen": progress.tokens_seen,
-                "world_size": dist.get_world_size(),
-                "device": self._device,
-                "identity": self._identity,
-                "files": listed,
-            }
-            if final.exists():  # without a manifest, or this step would have been resumed from
-                storage.set_aside(final)
-            storage.publish(staging, final, contents)
-            storage.prune(self._folder, self._keep)
-        dist.barrier()
-        return final
-
-    def load(self, step: int) -> tuple[Progress, int]:
-        """Load the checkpoint of `step` into model, optimizer and random generators; collective.
-
-        Returns where the run stood, and the number of ranks that saved it.
+        A bad one is named, recorded and renamed, and the one before it is taken. Raises UserError where
+        checkpoint.strict or `step` asks for that very one, or where none is good.
         """
-        import torch.distributed.checkpoint as dcp
+        if dist.get_rank() == 0:
+            for name in storage.take_away_left_overs(self._folder):
+                logger.warning("removed %s, which a save or a removal that was cut short had left", self._folder / name)
+                self._event("left over", 0, path=str(self._folder / name))
+        steps = self._from_first_rank(storage.published_steps(self._folder))
+        candidates = [step] if step != -1 else steps[::-1]
+        for candidate in candidates:
+            folder = storage.step_folder(self._folder, candidate)
+            try:
+                loaded = self._load(folder, _IDENTITY)
+            except Damaged as damage:
+                if self._section.strict or step != -1:
+                    raise UserError(f"{damage}; move {folder} away to take the one before it") from None
+                self._set_aside([candidate], "bad", "bad checkpoint", str(damage))
+                continue
+            if later := [other for other in steps if step != -1 and other > step]:
+                self._set_aside(later, "superseded", "superseded checkpoint", f"the run goes back to step {step}")
+            return loaded
+        if steps:
+            raise UserError(
+                f"{self._folder}: none of its {len(steps)} checkpoints is good, they are renamed .bad; start over in "
+                "another job.dump_folder"
+            )
+        return None
 
-        final = self.folder_of(step)
-        manifest = storage.read_manifest(final)
-        _require_intact(final, manifest["files"])
-        _materialize_state(self._optimizer)
+    def load_initial(self, path: str) -> Loaded:
+        """Load from the checkpoint at `path`, of another run: the model's tensors only, or all that
+        exclude_from_loading leaves. Raises UserError where that is no good checkpoint of such a model. Collective."""
+        section = self._section
+        folder = self._from_first_rank(self._agreed(lambda: storage.find_checkpoint(path)))
+        kept: tuple[str, ...] = ("model.name", "tokenizer")
+        if not section.initial_load_model_only:
+            kept = tuple(key for key in _IDENTITY if "dataloader" not in section.exclude_from_loading or key in kept)
+        try:
+            return self._load(folder, kept, model_only=section.initial_load_model_only)
+        except Damaged as damage:
+            raise UserError(f"checkpoint.initial_load_path: {damage}; choose another checkpoint") from None
+
+    def _load(self, folder: Path, kept: Sequence[str], *, model_only: bool = False) -> Loaded:
+        """Verify on all ranks, then read; kept: sections of the identity that must be this run's.
+
+        Raises Damaged, or UserError where it is good and of something else, on all ranks alike.
+        """
+        manifest = self._agreed(lambda: storage.read_manifest(folder))
+        self._agreed(lambda: _require_intact(folder, manifest["files"]))
+        _require_same(folder, manifest, self._record["identity"], kept, model_only=model_only)
+        stored = self._agreed(lambda: Stored(folder, sorted(manifest["files"])))
+        self._require_no_more(folder, stored)
+        self._agreed(lambda: self._read(stored, manifest, model_only))
+        progress = Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
+        return Loaded(progress, manifest["world_size"], manifest["global_batch_size"], folder)
+
+    def _require_no_more(self, folder: Path, stored: Stored) -> None:
+        """Raise UserError where the checkpoint's model has a tensor that this one has not. Collective."""
+        own = set(self._model.state_dict()) if dist.get_rank() == self._first_peer else set()
+        all_names: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(all_names, own, group=self.group)
+        if more := sorted(set(stored.names("model.")).difference(*all_names)):
+            raise UserError(f"{folder}: its model has {more[0]}, and this one has not; choose another checkpoint")
+
+    def _read(self, stored: Stored, manifest: Mapping[str, Any], model_only: bool) -> None:
+        excluded = self._section.exclude_from_loading
+        if not model_only and "optimizer" not in excluded:
+            self._make_state(stored)
+        for name, tensor in self._tensors(model_only=model_only).items():
+            if name.startswith("rng.") or (name.startswith("optimizer.") and "optimizer" in excluded):
+                continue
+            stored.read_into(name, part_of(tensor))
+        if model_only:
+            return
         before = (manifest["world_size"], manifest["device"])
-        same_ranks = before == (dist.get_world_size(), self._device)
-        tensors = self._tensors(with_rng=same_ranks)
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(final))
-        if same_ranks:
-            _set_rng_state(tensors)
+        if before == (dist.get_world_size(), self._device):
+            for name, state in _rng_state().items():
+                stored.read_into(name, part_of(state))
+                (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(state)
         else:
             logger.info("saved by %d ranks on %s: random generators start from the seed", *before)
-        return Progress(manifest["step"], manifest["position"], manifest["tokens_seen"]), manifest["world_size"]
 
-    def _tensors(self, with_rng: bool = True) -> dict[str, Tensor]:
+    def _make_state(self, stored: Stored) -> None:
+        """Give the optimizer the state that the checkpoint has, to be filled: a step would make it too, and take a
+        gradient's memory for it."""
+        for name, parameter in self._model.named_parameters():
+            prefix = f"optimizer.{name}."
+            state = self._optimizer.state[parameter]
+            for key in stored.names(prefix):
+                if "." in key:  # of a longer parameter name
+                    continue
+                if stored.shape(prefix + key) == tuple(parameter.shape):
+                    state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+                else:
+                    fused = self._optimizer.defaults.get("fused")
+                    state[key] = torch.zeros((), device=parameter.device if fused else "cpu")
+
+    def _tensors(self, *, model_only: bool) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self._model.state_dict().items()}
+        if model_only:
+            return tensors
         for name, parameter in self._model.named_parameters():
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        if with_rng:
-            tensors.update(_rng_state())
-        return tensors
+        return tensors | _rng_state()
+
+    def _set_aside(self, steps: Sequence[int], suffix: str, event: str, why: str) -> None:
+        if dist.get_rank() == 0:
+            for step in steps:
+                aside = storage.set_aside(storage.step_folder(self._folder, step), suffix)
+                self._event(event, step, why=why, path=str(aside))
+                logger.warning("%s: %s; renamed to %s", event, why, aside.name)
+        dist.barrier(self.group)
+
+    def _agreed(self, attempt: Callable[[], Any]) -> Any:
+        """The result of `attempt`; raises on every rank what it raised on the first rank where it did. Collective."""
+        error: Exception | None = None
+        result = None
+        try:
+            result = attempt()
+        except (Damaged, UserError) as caught:
+            error = caught
+        errors: list[Exception | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error, group=self.group)
+        if first := next((error for error in errors if error is not None), None):
+            raise first
+        return result
+
+    def _from_first_rank(self, value: Any) -> Any:
+        shared = [value]
+        dist.broadcast_object_list(shared, src=0, group=self.group)
+        return shared[0]
 
 
 def _require_intact(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raise UserError on every rank where a file is not what the manifest says: torch would load it all the same.
-
-    Each rank reads its part of the files.
-    """
+    """Raise Damaged where a file of this rank's share is not what the manifest says."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    own = {name: files[name] for name in sorted(files)[rank::ranks]}
-    found: list[list[str]] = [[]] * ranks
-    dist.all_gather_object(found, storage.damaged(folder, own))
-    if lines := [line for part in found for line in part]:
-        raise UserError(f"{lines[0]}; move {folder} away to resume from the checkpoint before it")
+    if lines := storage.damages(folder, {name: files[name] for name in sorted(files)[rank::ranks]}):
+        raise Damaged(lines[0])
 
 
-def _materialize_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter the state that a first step would, and change no parameter: a step of rate 0."""
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-
-
-def _rng_names() -> dict[str, str]:
-    rank = dist.get_rank()
-    return {device: f"rng.rank{rank}.{device}" for device in ("cpu", "cuda")}
+def _require_same(
+    folder: Path, manifest: Mapping[str, Any], identity: Mapping[str, Any], kept: Sequence[str], *, model_only: bool
+) -> None:
+    """Raise UserError for a good checkpoint of something else; say what else differs of the model."""
+    if manifest["holds"] == "model" and not model_only:
+        raise UserError(
+            f"{folder}: holds the model alone (it was saved with checkpoint.last_save_model_only = true), and a run "
+            "needs its optimizer to go on; resume from a full one with checkpoint.load_step, or start a new run from "
+            "it with checkpoint.initial_load_path"
+        )
+    was, now = flat(manifest["identity"]), flat(identity)
+    for key in sorted(was | now):
+        if was.get(key) == now.get(key):
+            continue
+        if any(key == name or key.startswith(f"{name}.") for name in kept):
+            raise UserError(
+                f"{folder}: was saved with {key} = {was.get(key)}, and this run has {now.get(key)}; set it back or "
+                "choose another checkpoint"
+            )
+        if key.startswith("model."):
+            logger.warning("%s was saved with %s = %s, this run has %s", folder, key, was.get(key), now.get(key))
 
 
 def _rng_state() -> dict[str, Tensor]:
-    names = _rng_names()
-    state = {names["cpu"]: torch.get_rng_state()}
+    rank = dist.get_rank()
+    state = {f"rng.rank{rank}.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        state[names["cuda"]] = torch.cuda.get_rng_state()
+        state[f"rng.rank{rank}.cuda"] = torch.cuda.get_rng_state()
     return state
-
-
-def _set_rng_state(tensors: Mapping[str, Tensor]) -> None:
-    names = _rng_names()
-    torch.set_rng_state(tensors[names["cpu"]])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors[names["cuda"]])

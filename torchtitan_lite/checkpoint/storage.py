@@ -1,6 +1,7 @@
-"""When a checkpoint exists: a folder written under another name, listed in its manifest, then renamed. No torch.
+"""When a checkpoint exists, and whether it is what was written: folders, manifests, checksums. No torch.
 
-A folder with its final name is complete by construction; whatever a killed save leaves behind has another.
+A checkpoint is written under another name, listed in its manifest, then renamed: a folder with its final name is
+complete by construction, and whatever a killed save leaves behind has another.
 """
 
 import json
@@ -8,13 +9,34 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from torchtitan_lite.errors import UserError
+
 MANIFEST = "manifest.json"
 _FINAL = re.compile(r"step-(\d{8,})")
+# The only names that a manifest may list: a name cannot lead out of the folder.
+_FILE = re.compile(r"rank-\d{5,}\.safetensors")
+_LEFT_OVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 _BUFFER = 1 << 22
+_READERS = 4  # files of one rank that are read at once
+_KINDS = {
+    "step": int,
+    "position": int,
+    "tokens_seen": int,
+    "world_size": int,
+    "device": str,
+    "holds": str,
+    "identity": dict,
+    "files": dict,
+}
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written; the message names the file, what was expected and what is there."""
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -26,6 +48,11 @@ def staging_folder(folder: Path, step: int) -> Path:
     return folder / f".step-{step:08d}.partial"
 
 
+def file_of(rank: int) -> str:
+    """The name of the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
 def published_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that exist in `folder`, ascending; none where the folder is missing."""
     if not folder.is_dir():
@@ -34,31 +61,22 @@ def published_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match and (folder / match[0] / MANIFEST).is_file())
 
 
-def file_digests(folder: Path, prefix: str) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of the files in `folder` whose name starts with `prefix`."""
-    digests = {}
-    for path in sorted(folder.glob(f"{prefix}*")):
-        digest = sha256()
-        with path.open("rb") as handle:
-            while block := handle.read(_BUFFER):
-                digest.update(block)
-        digests[path.name] = {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-    return digests
+def find_checkpoint(path: str) -> Path:
+    """The checkpoint that checkpoint.initial_load_path names: that folder, or the latest in it. Raises UserError."""
+    folder = Path(path).expanduser()
+    if (folder / MANIFEST).is_file():
+        return folder
+    if steps := published_steps(folder):
+        return step_folder(folder, steps[-1])
+    raise UserError(f'checkpoint.initial_load_path = "{path}": is neither a checkpoint nor a folder of some')
 
 
-def damaged(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is wrong with files as a manifest lists them, a line each."""
-    lines = []
-    for name, listed in files.items():
-        if not (folder / name).is_file():
-            lines.append(f"{folder / name}: is missing")
-        elif (found := file_digests(folder, name)[name]) != listed:
-            lines.append(f"{folder / name}: expected {_told(listed)}, found {_told(found)}")
-    return lines
-
-
-def _told(entry: Mapping[str, Any]) -> str:
-    return f"{entry['bytes']} bytes with SHA-256 {str(entry['sha256'])[:12]}..."
+def take_away_left_overs(folder: Path) -> list[str]:
+    """Remove what saves and removals that were killed left in `folder`; return the names."""
+    names = sorted(e.name for e in folder.iterdir() if _LEFT_OVER.fullmatch(e.name)) if folder.is_dir() else []
+    for name in names:
+        shutil.rmtree(folder / name)
+    return names
 
 
 def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
@@ -68,31 +86,68 @@ def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
     manifest.write_text(json.dumps({**contents, "sha256": sha256(text.encode()).hexdigest()}, indent=1))
     _sync(manifest)
     _sync(staging)
+    if final.exists():  # of an attempt that this one supersedes, or without a manifest
+        set_aside(final, "superseded")
     staging.rename(final)
     _sync(final.parent)
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a folder that is no checkpoint to `step-N.bad`, in the place of an earlier one of that name."""
-    bad = folder.with_name(f"{folder.name}.bad")
-    shutil.rmtree(bad, ignore_errors=True)
-    return folder.rename(bad)
+def set_aside(folder: Path, why: str) -> Path:
+    """Rename a folder to `NAME.why`, or with a number where there is one of that name; return where it is now."""
+    number, aside = 1, folder.with_name(f"{folder.name}.{why}")
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.{why}-{number}")
+    return folder.rename(aside)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint. Raises ValueError where its own checksum is not that of its contents."""
-    contents: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    """The manifest of a checkpoint. Raises Damaged where it is not one, or not of this folder."""
+    path = folder / MANIFEST
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: is not JSON: {error}") from None
     stated = contents.pop("sha256", None) if isinstance(contents, dict) else None
-    if stated != sha256(_canonical(contents).encode()).hexdigest():
-        raise ValueError(f"{folder / MANIFEST}: contents do not match their checksum")
-    return contents
+    if stated != (found := sha256(_canonical(contents).encode()).hexdigest()):
+        raise Damaged(f"{path}: expected SHA-256 {str(stated)[:12]}..., found {found[:12]}...: it was changed by hand")
+    for key, kind in _KINDS.items():
+        if type(contents.get(key)) is not kind:
+            raise Damaged(f"{path}: expected {key} of type {kind.__name__}, found {contents.get(key)!r:.40}")
+    if (final := _FINAL.fullmatch(folder.name)) and int(final[1]) != contents["step"]:
+        raise Damaged(f"{path}: expected step {int(final[1])} by its folder's name, found {contents['step']}")
+    _require_plain_files(path, contents["files"])
+    return dict(contents)
+
+
+def damages(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is wrong with files as a manifest lists them, a line each: file, expected, found."""
+    with ThreadPoolExecutor(_READERS) as readers:
+        found = readers.map(lambda item: _damage(folder / item[0], item[1]), files.items())
+        return [line for line in found if line]
+
+
+def verified(folder: Path) -> list[str]:
+    """What is wrong with a whole checkpoint, a line each; none where it is good."""
+    try:
+        return damages(folder, read_manifest(folder)["files"])
+    except Damaged as damage:
+        return [str(damage)]
 
 
 def prune(folder: Path, keep_latest_k: int) -> list[int]:
-    """Remove all but the latest checkpoints (0 keeps all); return the steps removed."""
-    for left_over in folder.glob(".step-*.removed"):  # by a removal that was cut short
-        shutil.rmtree(left_over)
-    removed = published_steps(folder)[:-keep_latest_k]  # [:-0] is empty
+    """Remove all but the latest complete checkpoints (0 keeps all); return the steps removed.
+
+    Incomplete ones neither count nor go. The last one that a run can be resumed from stays.
+    """
+    if keep_latest_k == 0:
+        return []
+    holds = {step: what for step in published_steps(folder) if (what := _complete(step_folder(folder, step)))}
+    kept = sorted(holds)[-keep_latest_k:]
+    kept += [step for step in sorted(holds) if holds[step] == "all"][-1:]
+    removed = [step for step in sorted(holds) if step not in kept]
     for step in removed:
         # Renamed first: a removal that is cut short leaves no folder that looks complete.
         doomed = step_folder(folder, step).rename(folder / f".step-{step:08d}.removed")
@@ -100,7 +155,50 @@ def prune(folder: Path, keep_latest_k: int) -> list[int]:
     return removed
 
 
-def _canonical(contents: Mapping[str, Any]) -> str:
+def hasher() -> Any:
+    """XXH3 with 128 bits: as fast as memory, so that checksums cost next to nothing beside the disk."""
+    import xxhash
+
+    return xxhash.xxh3_128()
+
+
+def _complete(folder: Path) -> str | None:
+    """What a checkpoint holds ("all" or "model"); None where a file is missing or has another size."""
+    try:
+        manifest = read_manifest(folder)
+        sizes = [(folder / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items()]
+    except (Damaged, OSError):
+        return None
+    return str(manifest["holds"]) if all(sizes) else None
+
+
+def _damage(path: Path, listed: Mapping[str, Any]) -> str | None:
+    expected = f"expected {listed['bytes']} bytes with XXH3 {listed['xxh3_128'][:12]}..."
+    try:
+        if (size := path.stat().st_size) != listed["bytes"]:
+            return f"{path}: {expected}, found {size} bytes"
+        digest, block = hasher(), memoryview(bytearray(_BUFFER))
+        with path.open("rb", buffering=0) as handle:
+            while count := handle.readinto(block):
+                digest.update(block[:count])
+    except FileNotFoundError:
+        return f"{path}: {expected}, found no such file"
+    except OSError as error:
+        return f"{path}: {expected}, cannot be read: {error.strerror}"
+    found = digest.hexdigest()
+    return None if found == listed["xxh3_128"] else f"{path}: {expected}, found XXH3 {found[:12]}..."
+
+
+def _require_plain_files(path: Path, files: Mapping[str, Any]) -> None:
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name):
+            raise Damaged(f"{path}: lists a file {name!r:.60}, expected names such as {file_of(0)}")
+        shape = {"bytes": int, "xxh3_128": str}
+        if not isinstance(entry, dict) or {key: type(value) for key, value in entry.items()} != shape:
+            raise Damaged(f"{path}: expected bytes and xxh3_128 of {name}, found {entry!r:.60}")
+
+
+def _canonical(contents: Any) -> str:
     return json.dumps(contents, sort_keys=True, separators=(",", ":"))
 
 

@@ -19,9 +19,7 @@ else:
 # What TorchTitan 0.2.2 has and this does not yet: its recipes get a plain answer, not the nearest other key.
 _NOT_YET_SECTIONS = {"activation_checkpoint", "profiling", "quantize", "fault_tolerance", "experimental"}
 _NOT_YET_KEYS = {
-    "checkpoint": "async_mode create_seed_checkpoint enable_first_step_checkpoint exclude_from_loading export_dtype "
-    "initial_load_in_hf initial_load_model_only initial_load_path last_save_in_hf last_save_model_only load_only "
-    "load_step",
+    "checkpoint": "enable_first_step_checkpoint export_dtype initial_load_in_hf last_save_in_hf load_only",
     "comm": "mode save_traces_folder trace_buf_size",
     "job": "print_config save_config_file custom_config_module",
     "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
@@ -33,6 +31,7 @@ _NOT_YET_KEYS = {
 }
 # What TorchTitan 0.2.2 has and this does another way.
 _INSTEAD = {
+    "checkpoint.create_seed_checkpoint": "initial weights are the same on every mesh without one",
     "parallelism.context_parallel_load_balancer": "allgather always balances its pieces of the sequence",
     "parallelism.pipeline_parallel_first_stage_less_layers": "the automatic split weighs the embedding by its FLOPs",
     "parallelism.pipeline_parallel_last_stage_less_layers": "the automatic split weighs norm and output by their FLOPs",

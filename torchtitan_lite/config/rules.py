@@ -103,6 +103,24 @@ def experts_are_not_split(config: JobConfig) -> None:
         )
 
 
+def excluding_needs_something_to_load(config: JobConfig) -> None:
+    section = config.checkpoint
+    if section.exclude_from_loading and (not section.initial_load_path or section.initial_load_model_only):
+        raise UserError(
+            f"checkpoint.exclude_from_loading = {section.exclude_from_loading} leaves out parts of "
+            "checkpoint.initial_load_path that initial_load_model_only = false alone loads; set both or remove it"
+        )
+
+
+def one_step_to_start_from(config: JobConfig) -> None:
+    section = config.checkpoint
+    if section.initial_load_path and section.load_step != -1:
+        raise UserError(
+            f"checkpoint.load_step = {section.load_step} goes back to a step of this run, and "
+            "checkpoint.initial_load_path starts a new one; keep one"
+        )
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     stdlib_dataset_takes_no_path,
@@ -114,4 +132,6 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     one_way_to_cut_a_pipeline,
     csv_schedule_names_a_file,
     experts_are_not_split,
+    excluding_needs_something_to_load,
+    one_step_to_start_from,
 )

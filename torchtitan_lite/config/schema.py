@@ -261,7 +261,7 @@ class Checkpoint:
     """Saving and resuming."""
 
     enable: bool = False
-    """Save every `interval` steps and at the end, and resume from the latest on start."""
+    """Save every `interval` steps and at the end, and resume from the latest good checkpoint on start."""
 
     folder: str = "checkpoint"
     """Folder of checkpoints inside the run folder."""
@@ -269,8 +269,46 @@ class Checkpoint:
     interval: int = setting(500, minimum=1)
     """Steps between checkpoints."""
 
+    interval_minutes: float = setting(-1.0, above=0.0, auto=-1)
+    """Also save where so many minutes have passed since the last one, by the first rank's clock. -1: by steps only."""
+
     keep_latest_k: int = setting(10, minimum=0)
-    """Checkpoints to keep; 0 keeps all."""
+    """Complete checkpoints to keep; 0 keeps all. Bad ones do not count, and the last one that a run can be resumed from
+    stays."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """`async`: training waits for a copy to host memory only, and a thread writes it. `async_with_pinned_mem`: the copy
+    is kept for the next save, in pinned memory where there is CUDA."""
+
+    strict: bool = False
+    """Stop at a bad checkpoint instead of going back to the one before it."""
+
+    load_step: int = setting(-1, minimum=0, auto=-1)
+    """Resume from the checkpoint of this step; later ones are renamed. -1: from the latest. What torchrun restarts goes
+    on from the latest."""
+
+    initial_load_path: str = ""
+    """A checkpoint, or a folder of some, that a new run takes its first weights from; no effect once it has checkpoints
+    of its own."""
+
+    initial_load_model_only: bool = True
+    """Take the model's tensors alone from `initial_load_path`; else optimizer, step and data position too."""
+
+    exclude_from_loading: list[Literal["optimizer", "dataloader", "train_state"]] = field(default_factory=list)
+    """What not to take from `initial_load_path`: `optimizer`, `dataloader` (the data position), `train_state` (step and
+    tokens seen)."""
+
+    last_save_model_only: bool = False
+    """Save the model's tensors alone after the last step; such a run cannot be continued from there."""
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """Leaving when told to."""
+
+    grace_seconds: int = setting(30, minimum=1)
+    """Time that ranks have, once told to stop, to reach the end of a step, save and leave; torchrun kills them after
+    it."""
 
 
 @dataclass(frozen=True)
@@ -371,6 +409,7 @@ class JobConfig:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    elastic: Elastic = field(default_factory=Elastic)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)

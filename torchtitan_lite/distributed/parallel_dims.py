@@ -76,6 +76,11 @@ class ParallelDims:
         """The index of `rank` among the ranks that read different samples."""
         return rank // (self.cp * self.tp) % self.batch_ranks
 
+    def first_peer(self, rank: int) -> int:
+        """The first of the ranks that hold the same layers as `rank`: the outermost axis tells them apart."""
+        stage = self.world_size // self.pp
+        return rank // stage * stage
+
     def coordinate(self, rank: int) -> dict[str, int]:
         """Where `rank` stands on each axis."""
         place = {}

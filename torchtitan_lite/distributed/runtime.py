@@ -39,10 +39,18 @@ def start(comm: Comm, debug: Debug) -> Runtime:
     return Runtime(rank, world_size, device, name)
 
 
-def tighten_timeouts(seconds: int) -> None:
-    """Set the time-out of every process group: after the first step nothing waits for a compiler any more."""
+def tighten_timeouts(seconds: int, patient: dist.ProcessGroup) -> None:
+    """Set the time-out of every process group but one: after the first step nothing waits for a compiler any more."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+        if group is not patient:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, on every rank; collective."""
+    shared = [value]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def require_equal_on_all_ranks(settings: dict[str, Any]) -> None:

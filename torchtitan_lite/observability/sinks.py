@@ -39,8 +39,14 @@ class RunLog:
 
     def _append(self, name: str, record: dict[str, Any]) -> None:
         if self.writes:
-            with (self._folder / name).open("ab", buffering=0) as handle:
-                handle.write((strict_dumps(record) + "\n").encode())
+            try:
+                with (self._folder / name).open("ab", buffering=0) as handle:
+                    handle.write((strict_dumps(record) + "\n").encode())
+            except OSError as error:
+                raise UserError(
+                    f"{self._folder / name}: cannot be written: {error.strerror}; make room or mend the folder, and "
+                    "start again"
+                ) from None
 
 
 def _drop_cut_line(path: Path) -> None:
