@@ -93,7 +93,8 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.recipe, overrides)
     _, args = find_model(config.model)
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, args.vocab_size)
-    print(f"{prepared.folder}: {prepared.train.tokens:,} training tokens, {prepared.validation.tokens:,} held out")
+    for source in prepared.sources:
+        print(f"{source.folder}: {source.train.tokens:,} training tokens, {source.validation.tokens:,} held out")
     return 0
 
 

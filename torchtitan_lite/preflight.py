@@ -127,6 +127,7 @@ def identity(plan: JobPlan, prepared: Prepared) -> dict[str, Any]:
         "model": {"name": plan.spec.name, **asdict(plan.model_args)},
         "tokenizer": prepared.tokenizer_fingerprint,
         "data": prepared.fingerprint,
+        "data.mixture_weights": plan.config.data.mixture_weights or None,
         "training.seq_len": plan.config.training.seq_len,
         "debug.seed": plan.config.debug.seed,
         "checkpoint.folder": plan.config.checkpoint.folder,

@@ -47,7 +47,8 @@ def run(plan: JobPlan, rank: int) -> int:
     for warning in plan.warnings():
         logger.warning("warning   %s", warning)
     prepared = prepare_job(plan)
-    logger.info("data      %s tokens, %s held out", f"{prepared.train.tokens:,}", f"{prepared.validation.tokens:,}")
+    train, held_out = prepared.tokens()
+    logger.info("data      %s tokens, %s held out", f"{train:,}", f"{held_out:,}")
     with run_folder_held(plan.folder) if rank == 0 else nullcontext():
         return _train(plan, prepared)
 

@@ -68,8 +68,8 @@ class Trainer:
         self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters())
         self.batch_rank = plan.dims.batch_rank(here.rank)
         masked = config.data.document_mask
-        train_store = SampleStore(prepared, prepared.train, seq_len, document_mask=masked)
-        held_out_store = SampleStore(prepared, prepared.validation, seq_len, document_mask=masked)
+        train_store = SampleStore(prepared, "train", seq_len, document_mask=masked)
+        held_out_store = SampleStore(prepared, "validation", seq_len, document_mask=masked)
         self.loader = TrainLoader(train_store, plan.batch, self.batch_rank, config.debug.seed)
         self.held_out = held_out_store if config.validation.enable else None
         self.checkpoints = CheckpointManager(

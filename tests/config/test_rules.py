@@ -80,7 +80,7 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         'training.dataset = "text" needs training.dataset_path',
     ),
     (
-        rules.stdlib_dataset_takes_no_path,
+        rules.only_a_text_dataset_takes_a_path,
         JobConfig(training=Training(dataset="python_stdlib", dataset_path="books")),
         'training.dataset_path = "books" has no effect with training.dataset = "python_stdlib"',
     ),
@@ -140,7 +140,7 @@ PASSED: list[tuple[Rule, JobConfig]] = [
     ),
     (rules.one_step_to_start_from, JobConfig(checkpoint=Checkpoint(load_step=5))),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
-    (rules.stdlib_dataset_takes_no_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
+    (rules.only_a_text_dataset_takes_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.outside_spec_takes_no_name, JobConfig(model=Model(spec="package.module:SPEC"))),
     (rules.outside_spec_takes_no_name, JobConfig(model=Model(name="mine"))),
     (

@@ -18,7 +18,7 @@ import pytest
 from torchtitan_lite.config.schema import Data, Training
 from torchtitan_lite.data import prepare as module
 from torchtitan_lite.data import tokenizer as tokenizer_module
-from torchtitan_lite.data.prepare import Prepared, Split, prepare, require_samples
+from torchtitan_lite.data.prepare import Prepared, Source, Split, prepare, require_samples
 from torchtitan_lite.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from torchtitan_lite.errors import UserError
 
@@ -63,17 +63,18 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def _prepare(books: Path, cache: Path, model: str = "", fraction: float = 0.25, vocab_size: int = VOCAB) -> Prepared:
+def _prepare(books: Path, cache: Path, model: str = "", fraction: float = 0.25, vocab_size: int = VOCAB) -> Source:
     training = Training(dataset="text", dataset_path=str(books))
-    return prepare(training, Data(cache_folder=str(cache), validation_fraction=fraction), model, vocab_size)
+    data = Data(cache_folder=str(cache), validation_fraction=fraction)
+    return prepare(training, data, model, vocab_size).sources[0]
 
 
-def _tokens(prepared: Prepared, split: Split) -> list[int]:
+def _tokens(prepared: Source, split: Split) -> list[int]:
     dtype = np.dtype(prepared.dtype).newbyteorder("<")
     return [int(token) for name in split.files for token in np.fromfile(prepared.folder / name, dtype)]
 
 
-def _documents(prepared: Prepared, split: Split) -> list[str]:
+def _documents(prepared: Source, split: Split) -> list[str]:
     """The texts between begin and end tokens."""
     tokenizer, documents = load_tokenizer(prepared.tokenizer_path), []
     ids: list[int] = []
@@ -356,7 +357,7 @@ def _join(barrier: Any) -> None:
     _barrier = barrier
 
 
-def _prepare_at_once(books: Path, cache: Path) -> Prepared:
+def _prepare_at_once(books: Path, cache: Path) -> Source:
     _barrier.wait(timeout=60)
     return _prepare(books, cache)
 
@@ -406,7 +407,7 @@ def test_the_cache_folder_is_named_by_recipe_then_environment_then_home(
     training = Training(dataset="text", dataset_path=str(books))
 
     def folder(named: str = "") -> Path:
-        return prepare(training, Data(cache_folder=named), model, VOCAB).folder.parent
+        return prepare(training, Data(cache_folder=named), model, VOCAB).sources[0].folder.parent
 
     assert folder() == tmp_path / "home" / ".cache" / "torchtitan_lite"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -432,7 +433,7 @@ def test_samples_share_their_last_token_with_the_next(tokens: int, seq_len: int,
 
 def _of_size(train: int, held_out: int) -> Prepared:
     parts = Split(("t",), train, 3), Split(("v",), held_out, 2)
-    return Prepared(Path("x"), Path("y"), "f", VOCAB, 1, "g", "uint16", *parts)
+    return Prepared((Source("s", Path("x"), Path("y"), "f", VOCAB, 1, "g", "uint16", *parts),))
 
 
 def test_a_part_without_a_whole_sample_is_refused() -> None:

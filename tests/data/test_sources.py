@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_lite.config.schema import Training
-from torchtitan_lite.data.sources import Corpus, find_corpus
+from torchtitan_lite.config.schema import Data, Training
+from torchtitan_lite.data.sources import Corpus, find_corpora
 from torchtitan_lite.errors import UserError
 
 
 def _find(path: Path | str) -> Corpus:
-    return find_corpus(Training(dataset="text", dataset_path=str(path)))
+    (corpus,) = find_corpora(Training(dataset="text", dataset_path=str(path)), Data())
+    return corpus
 
 
 def _write(folder: Path, files: dict[str, str]) -> Path:
@@ -144,11 +145,13 @@ def test_the_standard_library_is_its_source_files_without_tests(
         },
     )
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert find_corpus(Training()).names == ("json/decoder.py", "os.py")
+    (corpus,) = find_corpora(Training(), Data())
+    assert corpus.names == ("json/decoder.py", "os.py")
 
 
 def test_this_python_has_a_standard_library() -> None:
-    names = find_corpus(Training()).names
+    (corpus,) = find_corpora(Training(), Data())
+    names = corpus.names
     assert {"os.py", "json/decoder.py"} <= set(names)
     assert all(name.endswith(".py") for name in names)
     assert not any("/test/" in f"/{name}" or "site-packages" in name for name in names)
@@ -157,4 +160,4 @@ def test_this_python_has_a_standard_library() -> None:
 def test_a_standard_library_without_sources_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match=r'training\.dataset = "python_stdlib": no source files under '):
-        find_corpus(Training())
+        find_corpora(Training(), Data())

@@ -68,9 +68,9 @@ class Model:
 class Training:
     """Data, batch, length and precision of the run."""
 
-    dataset: Literal["python_stdlib", "text"] = "python_stdlib"
+    dataset: Literal["python_stdlib", "text", "mixture"] = "python_stdlib"
     """`python_stdlib`: the source files of the Python that runs this. `text`: every UTF-8 file under
-    `dataset_path`, a document each."""
+    `dataset_path`, a document each. `mixture`: several of those, data.mixture_paths."""
 
     dataset_path: str = ""
     """A file or folder for dataset `text`."""
@@ -326,7 +326,7 @@ class Validation:
 
     steps: int = setting(-1, minimum=1, auto=-1)
     """Batches of training.global_batch_size samples per validation, the same on every mesh. -1: the whole held-out
-    part."""
+    part; of a mixture, until its first source has no more."""
 
 
 @dataclass(frozen=True)
@@ -367,6 +367,13 @@ class Data:
 
     document_mask: bool = False
     """Tokens attend to their own document only; else to all before them in the sample."""
+
+    mixture_paths: list[str] = field(default_factory=list)
+    """Sources of dataset `mixture`, each a file or folder as in training.dataset_path, with epochs of its own."""
+
+    mixture_weights: list[int] = field(default_factory=list)
+    """Samples of each source among every sum-of-weights in a row, exactly: [3, 1] is three of the first to one of
+    the second."""
 
     validation_fraction: float = setting(0.02, minimum=0.0, maximum=0.5)
     """Part of the documents that is held out for validation, chosen by a hash of each document's name."""
