@@ -23,6 +23,7 @@ from torchtitan_lite.errors import UserError
 Rule = Callable[[JobConfig], None]
 
 _ASYNC = Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)
+_MIXTURE = Training(dataset="mixture")
 
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
     (
@@ -82,7 +83,38 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
     (
         rules.only_a_text_dataset_takes_a_path,
         JobConfig(training=Training(dataset="python_stdlib", dataset_path="books")),
-        'training.dataset_path = "books" has no effect with training.dataset = "python_stdlib"',
+        'training.dataset_path = "books" has no effect with training.dataset = "python_stdlib"; set training.dataset',
+    ),
+    (
+        rules.only_a_text_dataset_takes_a_path,
+        JobConfig(training=Training(dataset="mixture", dataset_path="books")),
+        'training.dataset_path = "books" has no effect with training.dataset = "mixture"; name it in data.mixture_paths',
+    ),
+    *(
+        (
+            rules.a_mixture_weighs_several_paths,
+            JobConfig(training=_MIXTURE, data=Data(mixture_paths=paths, mixture_weights=weights)),
+            message,
+        )
+        for paths, weights, message in (
+            ([], [], 'training.dataset = "mixture" needs two data.mixture_paths or more, and [] has 0; one source is'),
+            (["a"], [1], "training.dataset = \"mixture\" needs two data.mixture_paths or more, and ['a'] has 1"),
+            (["a", "b"], [], "data.mixture_weights = []: 0 for 2 data.mixture_paths; give each path one"),
+            (["a", "b"], [1, 2, 3], "data.mixture_weights = [1, 2, 3]: 3 for 2 data.mixture_paths"),
+            (["a", "b"], [1, 0], "data.mixture_weights = [1, 0]: each must be at least 1; leave out the path that has"),
+            (["a", "b"], [-3, 2], "data.mixture_weights = [-3, 2]: each must be at least 1"),
+            (["a", "b"], [10_000, 1], "data.mixture_weights = [10000, 1]: their sum, 10001, must be at most 10000"),
+        )
+    ),
+    (
+        rules.only_a_mixture_takes_mixture_keys,
+        JobConfig(data=Data(mixture_paths=["a", "b"], mixture_weights=[1, 1])),
+        "data.mixture_paths = ['a', 'b'] has no effect with training.dataset = \"python_stdlib\"; set it to \"mixture\"",
+    ),
+    (
+        rules.only_a_mixture_takes_mixture_keys,
+        JobConfig(training=Training(dataset="text", dataset_path="books"), data=Data(mixture_weights=[1])),
+        'data.mixture_weights = [1] has no effect with training.dataset = "text"; set it to "mixture" or remove the key',
     ),
     (
         rules.outside_spec_takes_no_name,
@@ -141,6 +173,11 @@ PASSED: list[tuple[Rule, JobConfig]] = [
     (rules.one_step_to_start_from, JobConfig(checkpoint=Checkpoint(load_step=5))),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.only_a_text_dataset_takes_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
+    *(
+        (rule, JobConfig(training=_MIXTURE, data=Data(mixture_paths=["a", "b"], mixture_weights=weights)))
+        for rule in (rules.a_mixture_weighs_several_paths, rules.only_a_mixture_takes_mixture_keys)
+        for weights in ([1, 1], [9_999, 1])
+    ),
     (rules.outside_spec_takes_no_name, JobConfig(model=Model(spec="package.module:SPEC"))),
     (rules.outside_spec_takes_no_name, JobConfig(model=Model(name="mine"))),
     (

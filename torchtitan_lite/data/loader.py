@@ -101,7 +101,7 @@ class SampleStore:
 
 class TrainLoader:
     """Micro-batches of training steps. `position` counts samples of the global order consumed so far: with
-    seed and fingerprint it is the whole state."""
+    seed, fingerprint and a mixture's weights it is the whole state."""
 
     def __init__(self, store: SampleStore, plan: BatchPlan, batch_rank: int, seed: int) -> None:
         self._store, self._plan, self._seed = store, plan, seed
@@ -127,7 +127,7 @@ class TrainLoader:
 def validation_batches(
     store: SampleStore, samples: int, size: int, batch_rank: int, batch_ranks: int
 ) -> Iterator[Batch]:
-    """The first `samples` of a store in validation's order, `size` to a rank at a time, filled up with zero-weight rows.
+    """The first `samples` of a store in validation's order, `size` to a rank at a time, the rest zero-weight rows.
 
     Every rank gets the same number of batches.
     """

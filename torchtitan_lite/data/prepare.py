@@ -135,9 +135,12 @@ def require_samples(prepared: Prepared, seq_len: int, validating: bool) -> None:
         train, held_out = source.train, source.validation
         mixed = len(prepared.sources) > 1
         if not train.samples(seq_len):
+            mend = "use more text or a shorter seq_len"
+            if not train.documents:  # a source of one file, as it happens
+                mend = "all its documents are held out: set data.validation_fraction = 0 or split them into more"
             raise UserError(
                 f"training.seq_len = {seq_len}: the training part of {source.setting if mixed else 'the corpus'} has "
-                f"{train.tokens} tokens and a sample needs {seq_len + 1}; use more text or a shorter seq_len"
+                f"{train.tokens} tokens and a sample needs {seq_len + 1}; {mend}"
             )
         if validating and not held_out.samples(seq_len):
             raise UserError(
