@@ -138,7 +138,7 @@ def test_preparing_makes_the_run_folder_and_the_corpus(recipe: Path, tmp_path: P
     prepared = prepare_job(plan)
     assert list(plan.folder.iterdir()) == []
     assert prepared.sources[0].folder.parent == cache
-    assert prepared.vocab_size == TINY.vocab_size
+    assert prepared.sources[0].vocab_size == TINY.vocab_size
     assert prepare_job(plan) == prepared
 
 
@@ -348,7 +348,7 @@ def test_a_setting_that_was_a_table_and_is_none_is_a_change(recipe: Path) -> Non
 
 def _mixture(recipe: Path, tmp_path: Path, weights: str = "[3, 1]", swapped: bool = False) -> list[str]:
     """Overrides for a mixture of the recipe's corpus and another one, under the tokenizer of the first."""
-    prepared = prepare_job(plan_job(recipe, [], 1))
+    prepared = prepare_job(plan_job(recipe, [f"--job.dump_folder={tmp_path / 'first'}"], 1))
     other = tmp_path / "other"
     other.mkdir(exist_ok=True)
     if not any(other.iterdir()):
@@ -389,17 +389,19 @@ def test_another_mixture_is_another_run(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_source_without_a_whole_sample_is_named(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "small.txt").write_text("The river follows.")
+    only = tmp_path / "other" / "few.txt"
+    only.write_text("The river follows.")
     overrides = _mixture(recipe, tmp_path)
-    with pytest.raises(
-        UserError, match=r"^training\.seq_len = 32: the training part of data\.mixture_paths\[1\] has \d+ tokens"
-    ):
+    training_part = r"^training\.seq_len = 32: the training part of data\.mixture_paths\[1\] has "
+    with pytest.raises(UserError, match=training_part + r"\d+ tokens and a sample needs 33; use more text"):
         prepare_job(plan_job(recipe, overrides, 1))
-    (tmp_path / "other" / "small.txt").write_text("The river follows. " * 100)
+    only.write_text("The river follows. " * 100)
     prepare_job(plan_job(recipe, overrides, 1))
-    with pytest.raises(
-        UserError,
-        match=r"^validation\.enable = true: the held-out part of data\.mixture_paths\[1\] has 0 documents with 0 tokens",
-    ):
-        # A fifth of the names hash that low, and this one does not.
-        prepare_job(plan_job(recipe, [*overrides, "--validation.enable=true", "--data.validation_fraction=0.2"], 1))
+    # Half of all names hash low enough to be held out, and this one does not.
+    validating = [*overrides, "--validation.enable=true", "--data.validation_fraction=0.5"]
+    held_out_part = r"^validation\.enable = true: the held-out part of data\.mixture_paths\[1\] has 0 documents with 0"
+    with pytest.raises(UserError, match=held_out_part):
+        prepare_job(plan_job(recipe, validating, 1))
+    only.rename(only.with_name("small.txt"))  # and this one does
+    with pytest.raises(UserError, match=training_part + r"0 tokens and a sample needs 33; all its documents are held"):
+        prepare_job(plan_job(recipe, validating, 1))

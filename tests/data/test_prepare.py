@@ -465,3 +465,31 @@ def test_machines_with_other_cores_prepare_the_same_data(
         prepared.append(_prepare(books, tmp_path / f"cache-{cores}"))
     assert prepared[0].tokenizer_fingerprint == prepared[1].tokenizer_fingerprint
     assert prepared[0].fingerprint == prepared[1].fingerprint
+
+
+def test_a_mixture_trains_its_tokenizer_on_all_sources_and_tokenises_each(
+    books: Path, cache: Path, tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = _write(tmp_path / "more", {"a.txt": "another " * 50, "b.txt": "source " * 60})
+    seen: list[str] = []
+
+    def train(documents: Any, vocab_size: int) -> bytes:
+        seen.extend(documents)
+        return train_tokenizer(seen, vocab_size)
+
+    monkeypatch.setattr(tokenizer_module, "train_tokenizer", train)
+    data = Data(cache_folder=str(cache), mixture_paths=[str(books), str(more)], mixture_weights=[2, 5])
+    mixed = prepare(Training(dataset="mixture"), data, "", VOCAB)
+    assert seen == [texts[name] for name in sorted(texts)] + ["another " * 50, "source " * 60]
+    assert mixed.weights == (2, 5)
+    assert [source.setting for source in mixed.sources] == ["data.mixture_paths[0]", "data.mixture_paths[1]"]
+    assert len({source.tokenizer_fingerprint for source in mixed.sources}) == 1
+    assert _folders(cache) == ["corpus", "corpus", "tokenizer"]
+    second = mixed.sources[1]
+    assert sorted(_documents(second, second.train) + _documents(second, second.validation)) == sorted(seen[-2:])
+    # Alone under that tokenizer it is the same cache.
+    data = Data(cache_folder=str(cache))
+    (alone,) = prepare(
+        Training(dataset="text", dataset_path=str(more)), data, str(second.tokenizer_path), VOCAB
+    ).sources
+    assert alone.folder == second.folder
