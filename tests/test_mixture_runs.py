@@ -39,7 +39,7 @@ def recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:
     """Documents, masked; 7 samples of one source to 3 of another that is over in a few steps; a batch of 7."""
     other = tmp_path / "other"
     other.mkdir()
-    for path in write_corpus(other, documents=8, sentences=9).iterdir():
+    for path in write_corpus(other, documents=8, sentences=3).iterdir():
         path.write_text(path.read_text().upper())
     return write_recipe(
         tmp_path / "mixed.toml",
