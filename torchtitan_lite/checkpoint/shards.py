@@ -209,19 +209,18 @@ def _copy_common(chunk: _Chunk, part: Part) -> int:
     rows = max(1, _BLOCK // row)
     columns = tuple(slice(a - o, b - o) for a, b, o in zip(starts[1:], stops[1:], offset[1:], strict=True))
     into = tuple(slice(a - o, b - o) for a, b, o in zip(starts[1:], stops[1:], begin[1:], strict=True))
+    buffer = bytearray(min(rows, stops[0] - starts[0]) * row)
     with chunk.path.open("rb", buffering=0) as handle:
         for first in range(starts[0], stops[0], rows):
             count = min(rows, stops[0] - first)
-            data = bytearray(count * row)
             handle.seek(chunk.start + (first - offset[0]) * row)
-            _read_whole(handle, data, chunk.path)
-            block = torch.frombuffer(data, dtype=chunk.dtype).view(count, *size[1:])
+            _read_whole(handle, memoryview(buffer)[: count * row], chunk.path)
+            block = torch.frombuffer(buffer, dtype=chunk.dtype, count=count * prod(size[1:])).view(count, *size[1:])
             local[(slice(first - begin[0], first - begin[0] + count), *into)].copy_(block[(slice(None), *columns)])
     return prod(stop - start for start, stop in zip(starts, stops, strict=True))
 
 
-def _read_whole(handle: Any, data: bytearray, path: Path) -> None:
-    left = memoryview(data)
+def _read_whole(handle: Any, left: memoryview, path: Path) -> None:
     while left:
         count = handle.readinto(left)
         if not count:
