@@ -108,7 +108,7 @@ class Trainer:
                 # Until here a Ctrl-C ends the rank at once: there is nothing to save yet, and much to compile.
                 self.signals.hold(signal.SIGINT)
             agreed = self._agree()
-            if step in (first, last) or agreed.stop or step % config.metrics.log_freq == 0:
+            if logged := step in (first, last) or bool(agreed.stop) or step % config.metrics.log_freq == 0:
                 self._report(result, tensorboard)
             if step == first:
                 runtime.tighten_timeouts(config.comm.train_timeout_seconds, self.checkpoints.group)
@@ -117,6 +117,8 @@ class Trainer:
             if self.held_out is not None and (step == last or step % config.validation.freq == 0) and not agreed.stop:
                 agreed = self._validate(self.held_out, tensorboard, agreed)
             if stop := self._save_where_due(agreed):
+                if not logged:  # told to stop since
+                    self._report(result, tensorboard)
                 break
         self._end(stop)
         if tensorboard is not None:

@@ -110,6 +110,11 @@ class Saver:
             reports: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(reports, (error, report), group=self._group)
             error = next((error for error, _ in reports if error), None)
+            if error is None:
+                expected, found = (sum(report[key] for _, report in reports) for key in ("whole", "numbers"))
+                assert expected == found, (
+                    f"ranks wrote {found} numbers of {expected}"
+                )  # on all ranks, or some would wait
             if error is None and self._first:
                 error = self._error_of(lambda: self._publish(staging, final, contents, [r for _, r in reports]))
             error = self._shared(error)
@@ -123,8 +128,6 @@ class Saver:
         return dist.get_rank() == 0
 
     def _publish(self, staging: Path, final: Path, contents: Mapping[str, Any], reports: list[dict[str, Any]]) -> None:
-        expected, found = (sum(report[key] for report in reports) for key in ("whole", "numbers"))
-        assert expected == found, f"ranks wrote {found} numbers of {expected}"
         files = {name: entry for report in reports for name, entry in report["files"].items()}
         for name, entry in files.items():
             if not (staging / name).is_file() or (staging / name).stat().st_size != entry["bytes"]:
