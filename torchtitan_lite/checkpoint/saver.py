@@ -112,9 +112,7 @@ class Saver:
             error = next((error for error, _ in reports if error), None)
             if error is None:
                 expected, found = (sum(report[key] for _, report in reports) for key in ("whole", "numbers"))
-                assert expected == found, (
-                    f"ranks wrote {found} numbers of {expected}"
-                )  # on all ranks, or some would wait
+                assert expected == found, f"ranks wrote {found} numbers of {expected}"
             if error is None and self._first:
                 error = self._error_of(lambda: self._publish(staging, final, contents, [r for _, r in reports]))
             error = self._shared(error)

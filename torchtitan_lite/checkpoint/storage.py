@@ -54,11 +54,14 @@ def file_of(rank: int) -> str:
 
 
 def published_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that exist in `folder`, ascending; none where the folder is missing."""
+    """Steps of the checkpoints that exist in `folder`, ascending; none where the folder is missing.
+
+    The name alone counts: one that has lost its manifest is bad, not absent.
+    """
     if not folder.is_dir():
         return []
     matches = (_FINAL.fullmatch(entry.name) for entry in folder.iterdir())
-    return sorted(int(match[1]) for match in matches if match and (folder / match[0] / MANIFEST).is_file())
+    return sorted(int(match[1]) for match in matches if match and (folder / match[0]).is_dir())
 
 
 def find_checkpoint(path: str) -> Path:
@@ -86,7 +89,7 @@ def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
     manifest.write_text(json.dumps({**contents, "sha256": sha256(text.encode()).hexdigest()}, indent=1))
     _sync(manifest)
     _sync(staging)
-    if final.exists():  # of an attempt that this one supersedes, or without a manifest
+    if final.exists():  # of an attempt that this one supersedes
         set_aside(final, "superseded")
     staging.rename(final)
     _sync(final.parent)
