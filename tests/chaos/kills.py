@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -106,15 +106,14 @@ class Tally:
     resumed: int = 0
     repeated_steps: int = 0
     left_overs: int = 0
-    faults: list[str] | None = None
+    faults: list[str] = field(default_factory=list)
 
 
 def campaign(
     pool: RankPool, kills: list[Kill], recipe: Path, folder: Path, undisturbed: Path, *overrides: str
 ) -> Tally:
     """Start a run again and again, killing it each time, then let it finish and compare it with an undisturbed one."""
-    tally = Tally(faults=[])
-    assert tally.faults is not None
+    tally = Tally()
     for kill in [*kills, None]:
         steps = storage.published_steps(folder / "checkpoint")
         ranks = 2 if kill is None else kill.ranks
@@ -125,8 +124,8 @@ def campaign(
         attempt = [line for line in read_lines(folder / "events.jsonl") if line["event"] == "resume"]
         if steps and attempt and attempt[-1]["step"] == steps[-1]:
             tally.resumed += 1
-        tally.faults += [f"{kill}: {line}" for line in _bad(folder)]
-    return _compared(tally, folder, undisturbed)
+        tally.faults += [f"{kill}: {line}" for line in is_bad(folder)]
+    return compared(tally, folder, undisturbed)
 
 
 def _run(pool: RankPool, kill: Kill | None, ranks: int, arguments: tuple[str, ...]) -> bool:
@@ -148,25 +147,23 @@ def _run(pool: RankPool, kill: Kill | None, ranks: int, arguments: tuple[str, ..
     return False
 
 
-def _bad(folder: Path) -> list[str]:
+def is_bad(folder: Path) -> list[str]:
     """What is wrong with the checkpoints there are, each of which must be good."""
     steps = storage.published_steps(folder / "checkpoint")
     return [line for step in steps for line in storage.verified(storage.step_folder(folder / "checkpoint", step))]
 
 
-def _compared(tally: Tally, folder: Path, undisturbed: Path) -> Tally:
-    faults = tally.faults
-    assert faults is not None
+def compared(tally: Tally, folder: Path, undisturbed: Path) -> Tally:
     events = read_lines(folder / "events.jsonl")
-    faults += [f"bad: {event['why']}" for event in events if event["event"] == "bad checkpoint"]
+    tally.faults += [f"bad: {event['why']}" for event in events if event["event"] == "bad checkpoint"]
     tally.left_overs = sum(event["event"] == "left over" for event in events)
     tally.repeated_steps = len(read_lines(folder / "metrics.jsonl")) - len(last_lines(folder / "metrics.jsonl"))
     if last_lines(folder / "samples.jsonl") != last_lines(undisturbed / "samples.jsonl"):
-        faults.append("other samples than the undisturbed run")
+        tally.faults.append("other samples than the undisturbed run")
     pairs = zip(last_lines(folder / "metrics.jsonl"), last_lines(undisturbed / "metrics.jsonl"), strict=True)
     for line, expected in pairs:
         if line["step"] != expected["step"] or abs(line["loss"] - expected["loss"]) > 1e-5:
-            faults.append(f"step {line['step']}: loss {line['loss']} for {expected['loss']}")
+            tally.faults.append(f"step {line['step']}: loss {line['loss']} for {expected['loss']}")
     return tally
 
 

@@ -3,10 +3,12 @@
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.chaos.damages import DAMAGES, damage, undetected
+from tests.chaos.disks import CannotMount, full_checkpoint_disk, full_run_disk, read_only_checkpoints
 from tests.chaos.kills import MOMENTS, Kill, campaign
 from tests.ranks import RankPool
 from tests.test_trainer import _run
@@ -61,3 +63,24 @@ def test_what_is_damaged_is_not_loaded(pool: RankPool, recipe: Path, tmp_path: P
         events = read_lines(folder / "events.jsonl")
         assert [line["step"] for line in events if line["event"] == "resume"] == [2] * count, what
         assert sum(line["event"] == "bad checkpoint" for line in events) == count, what
+
+
+@pytest.mark.parametrize("scenario", [full_checkpoint_disk, read_only_checkpoints])
+def test_training_goes_on_while_no_checkpoint_can_be_written(
+    pool: RankPool, recipe: Path, tmp_path: Path, scenario: Any
+) -> None:
+    text = recipe.read_text().replace("steps = 18", "steps = 120").replace("total_steps = 20", "total_steps = -1")
+    recipe.write_text(text)
+    _run(pool, 2, recipe, tmp_path / "undisturbed")
+    try:
+        assert scenario(pool, recipe, tmp_path / "run", tmp_path / "undisturbed") == []
+    except CannotMount as reason:
+        pytest.skip(str(reason))
+
+
+def test_a_full_disk_of_the_run_folder_ends_it_with_a_line(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("steps = 18", "steps = 100000").replace("= 20", "= -1"))
+    try:
+        assert full_run_disk(recipe, tmp_path / "run") == []
+    except CannotMount as reason:
+        pytest.skip(str(reason))
