@@ -348,3 +348,36 @@ def _dies_in_a_step(recipe: str, *overrides: str) -> str:
         except KeyboardInterrupt:
             return "died"
     return "lived"
+
+
+def _dies_while_a_save_is_in_flight(recipe: str, *overrides: str) -> str:
+    import time
+
+    from torchtitan_lite.checkpoint import saver
+    from torchtitan_lite.trainer import Trainer
+
+    write, step = saver.write_parts, Trainer.step
+
+    def slow(path: Path, parts: Any) -> Any:
+        time.sleep(0.5)
+        return write(path, parts)
+
+    def dies(self: Trainer, batches: Any) -> Any:
+        if self.progress.step == 4:
+            raise RuntimeError("a defect")
+        return step(self, batches)
+
+    with patch.object(saver, "write_parts", slow), patch.object(Trainer, "step", dies):
+        try:
+            _train(recipe, *overrides)
+        except RuntimeError as error:
+            return str(error)
+    return "lived"
+
+
+def test_an_error_waits_for_the_save_in_flight(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    arguments = (f"--job.dump_folder={tmp_path / 'run'}", "--checkpoint.async_mode=async")
+    ends = pool.run(_dies_while_a_save_is_in_flight, 2, str(recipe), *arguments, group=False)
+    assert ends == ["a defect"] * 2
+    assert _names(tmp_path / "run") == ["step-00000004"]
+    assert storage.verified(_checkpoint(tmp_path / "run", 4)) == []

@@ -185,6 +185,8 @@ def _make_writable(folder: Path, folders: Sequence[str]) -> None:
     for name in folders:
         if (folder / name).exists() and not (folder / name).is_dir():
             raise UserError(f"{folder / name}: is not a folder, and the run writes one there; move it away")
+        if (folder / name).exists() and not os.access(folder / name, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"{folder / name}: cannot be read and written; change its permissions")
 
 
 def _resume_needs_checkpoints_on(plan: JobPlan) -> None:

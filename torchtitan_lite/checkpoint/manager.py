@@ -102,10 +102,9 @@ class CheckpointManager:
         A bad one is named, recorded and renamed, and the one before it is taken. Raises UserError where
         checkpoint.strict or `step` asks for that very one, or where none is good.
         """
-        if dist.get_rank() == 0:
-            for name in storage.take_away_left_overs(self._folder):
-                logger.warning("removed %s, which a save or a removal that was cut short had left", self._folder / name)
-                self._event("left over", 0, path=str(self._folder / name))
+        for name in self._on_first_rank(lambda: storage.take_away_left_overs(self._folder)) or []:
+            logger.warning("removed %s, which a save or a removal that was cut short had left", self._folder / name)
+            self._event("left over", 0, path=str(self._folder / name))
         steps = self._from_first_rank(storage.published_steps(self._folder))
         candidates = [step] if step != -1 else steps[::-1]
         for candidate in candidates:
@@ -205,12 +204,24 @@ class CheckpointManager:
         return tensors | _rng_state()
 
     def _set_aside(self, steps: Sequence[int], suffix: str, event: str, why: str) -> None:
-        if dist.get_rank() == 0:
-            for step in steps:
-                aside = storage.set_aside(storage.step_folder(self._folder, step), suffix)
+        for step in steps:
+            folder = storage.step_folder(self._folder, step)
+            if aside := self._on_first_rank(lambda: storage.set_aside(folder, suffix)):  # noqa: B023  # called here
                 self._event(event, step, why=why, path=str(aside))
                 logger.warning("%s: %s; renamed to %s", event, why, aside.name)
-        dist.barrier(self.group)
+
+    def _on_first_rank(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns, None on the other ranks; raises UserError on all where the disk does not let it."""
+
+        def attempt() -> Any:
+            try:
+                return work() if dist.get_rank() == 0 else None
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename}: {error.strerror}; a run tidies its checkpoints: mend the disk or permissions"
+                ) from None
+
+        return self._agreed(attempt)
 
     def _agreed(self, attempt: Callable[[], Any]) -> Any:
         """The result of `attempt`; raises on every rank what it raised on the first rank where it did. Collective."""
