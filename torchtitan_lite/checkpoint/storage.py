@@ -8,10 +8,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torchtitan_lite.errors import UserError
@@ -122,17 +123,32 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(contents)
 
 
-def damages(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is wrong with files as a manifest lists them, a line each: file, expected, found."""
+def damages(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], on_read: Callable[[int], object] = lambda count: None
+) -> list[str]:
+    """What is wrong with files as a manifest lists them, a line each: file, expected, found.
+
+    on_read: is told, in several threads, how many bytes have been read since.
+    """
+    given_up = Event()
+
+    def told(count: int) -> None:
+        if given_up.is_set():
+            raise CancelledError
+        on_read(count)
+
     with ThreadPoolExecutor(_READERS) as readers:
-        found = readers.map(lambda item: _damage(folder / item[0], item[1]), files.items())
-        return [line for line in found if line]
+        try:
+            found = readers.map(lambda item: _damage(folder / item[0], item[1], told), files.items())
+            return [line for line in found if line]
+        finally:
+            given_up.set()  # a Ctrl-C does not wait for the end of large files
 
 
-def verified(folder: Path) -> list[str]:
-    """What is wrong with a whole checkpoint, a line each; none where it is good."""
+def verified(folder: Path, on_read: Callable[[int], object] = lambda count: None) -> list[str]:
+    """What is wrong with a whole checkpoint, a line each; none where it is good. on_read: as in damages."""
     try:
-        return damages(folder, read_manifest(folder)["files"])
+        return damages(folder, read_manifest(folder)["files"], on_read)
     except Damaged as damage:
         return [str(damage)]
 
@@ -172,7 +188,7 @@ def _complete(folder: Path) -> str | None:
     return str(manifest["holds"]) if all(sizes) else None
 
 
-def _damage(path: Path, listed: Mapping[str, Any]) -> str | None:
+def _damage(path: Path, listed: Mapping[str, Any], on_read: Callable[[int], object]) -> str | None:
     expected = f"expected {listed['bytes']} bytes with XXH3 {listed['xxh3_128'][:12]}..."
     try:
         if (size := path.stat().st_size) != listed["bytes"]:
@@ -181,6 +197,7 @@ def _damage(path: Path, listed: Mapping[str, Any]) -> str | None:
         with path.open("rb", buffering=0) as handle:
             while count := handle.readinto(block):
                 digest.update(block[:count])
+                on_read(count)
     except FileNotFoundError:
         return f"{path}: {expected}, found no such file"
     except OSError as error:
