@@ -31,6 +31,8 @@ def chunks_of(path: Path) -> Iterator[Chunk]:
     """All blocks in a file; only its header is read. Raises Damaged where it is not as write_parts writes it."""
     from safetensors import SafetensorError, safe_open
 
+    if path.exists() and not path.is_file():
+        raise Damaged(f"{path}: is no plain file")
     try:
         with safe_open(path, framework="numpy"):
             pass  # it checks that header and size agree
@@ -39,7 +41,7 @@ def chunks_of(path: Path) -> Iterator[Chunk]:
             header = json.loads(handle.read(length))
         places = json.loads(header.pop("__metadata__")[CHUNKS])
         for name, entry in header.items():
-            offset, shape = (tuple(int(n) for n in numbers) for numbers in places[name])
+            offset, shape = map(_whole_numbers, places[name])
             size, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
             if not _lies_within(offset, size, shape):
                 raise Damaged(f"{path}: {name}: a part of {size} at {offset} does not lie in {shape}")
@@ -48,6 +50,12 @@ def chunks_of(path: Path) -> Iterator[Chunk]:
         raise
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: is no file of a checkpoint: {error}") from None
+
+
+def _whole_numbers(found: list[int]) -> tuple[int, ...]:
+    if not all(type(number) is int for number in found):
+        raise TypeError(f"expected whole numbers, found {found!r:.60}")
+    return tuple(found)
 
 
 def _lies_within(offset: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...]) -> bool:

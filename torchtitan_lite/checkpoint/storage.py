@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from hashlib import sha256
@@ -22,6 +23,7 @@ _FINAL = re.compile(r"step-(\d{8,})")
 # The only names that a manifest may list: a name cannot lead out of the folder.
 _FILE = re.compile(r"rank-\d{5,}\.safetensors")
 _LEFT_OVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
+_STAGES = re.compile(r"step-(\d{8,})(?:\.(bad|superseded)(?:-\d+)?)?|\.step-(\d{8,})\.(partial|removed)")
 _BUFFER = 1 << 22
 _READERS = 4  # files of one rank that are read at once
 _KINDS = {
@@ -52,6 +54,13 @@ def staging_folder(folder: Path, step: int) -> Path:
 def file_of(rank: int) -> str:
     """The name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def stage_of(name: str) -> tuple[int, str] | None:
+    """Step and stage of a folder by its name: checkpoint, partial or removed (left over), bad or superseded (set
+    aside); None for any other name."""
+    match = _STAGES.fullmatch(name)
+    return None if match is None else (int(match[1] or match[3]), match[2] or match[4] or "checkpoint")
 
 
 def published_steps(folder: Path) -> list[int]:
@@ -106,7 +115,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises Damaged where it is not one, or not of this folder."""
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():
+            raise Damaged(f"{path}: is no plain file")
         contents = json.loads(path.read_text(encoding="utf-8"))
+    except Damaged:
+        raise
     except OSError as error:
         raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -191,7 +204,9 @@ def _complete(folder: Path) -> str | None:
 def _damage(path: Path, listed: Mapping[str, Any], on_read: Callable[[int], object]) -> str | None:
     expected = f"expected {listed['bytes']} bytes with XXH3 {listed['xxh3_128'][:12]}..."
     try:
-        if (size := path.stat().st_size) != listed["bytes"]:
+        if not stat.S_ISREG((about := path.stat()).st_mode):
+            return f"{path}: {expected}, found no plain file"
+        if (size := about.st_size) != listed["bytes"]:
             return f"{path}: {expected}, found {size} bytes"
         digest, block = hasher(), memoryview(bytearray(_BUFFER))
         with path.open("rb", buffering=0) as handle:
