@@ -196,12 +196,12 @@ def _inspect(path: str, as_json: bool) -> int:
             print(strict_dumps({"path": str(folder), **manifest, "tensors": tensors, "totals": totals}, indent=1))
             return 0
     except RecursionError:
-        raise Damaged(f"{folder / storage.MANIFEST}: is nested too deep for a manifest") from None
+        raise Damaged(f"{folder / storage.MANIFEST}: is nested too deep") from None
     print(_plain(str(folder)))
-    order = sorted(facts, key=lambda key: (key.partition(".")[0] not in _FIRST, key.partition(".")[0] == "identity"))
-    width = max(len(_plain(key)) for key in order)
-    for key in order:
-        print(f"  {_plain(key):<{width}}  {_cell(facts[key])}")
+    width = min(40, max(len(_plain(key)) for key in facts))
+    for key in (*_FIRST, *sorted(facts.keys() - set(_FIRST))):
+        if key in facts:
+            print(f"  {_plain(key):<{width}}  {_cell(facts[key])}")
     print()
     shapes = [(t["name"], t["dtype"], _shape(t["shape"]), str(t["parts"]), f"{t['bytes']:,}") for t in tensors]
     _print_table([("tensor", "dtype", "shape", "parts", "bytes"), *shapes], right=(3, 4))

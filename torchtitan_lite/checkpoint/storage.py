@@ -117,23 +117,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         if path.exists() and not path.is_file():
             raise Damaged(f"{path}: is no plain file")
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except Damaged:
-        raise
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path}: is not UTF-8: {error}") from None
+    try:
+        return _checked_manifest(path, json.loads(text))
+    except RecursionError:
+        raise Damaged(f"{path}: is nested too deep") from None
+    except json.JSONDecodeError as error:
         raise Damaged(f"{path}: is not JSON: {error}") from None
-    stated = contents.pop("sha256", None) if isinstance(contents, dict) else None
-    if stated != (found := sha256(_canonical(contents).encode()).hexdigest()):
-        raise Damaged(f"{path}: expected SHA-256 {str(stated)[:12]}..., found {found[:12]}...: it was changed by hand")
-    for key, kind in _KINDS.items():
-        if type(contents.get(key)) is not kind:
-            raise Damaged(f"{path}: expected {key} of type {kind.__name__}, found {contents.get(key)!r:.40}")
-    if (final := _FINAL.fullmatch(folder.name)) and int(final[1]) != contents["step"]:
-        raise Damaged(f"{path}: expected step {int(final[1])} by its folder's name, found {contents['step']}")
-    _require_plain_files(path, contents["files"])
-    return dict(contents)
 
 
 def damages(
@@ -189,6 +183,19 @@ def hasher() -> Any:
     import xxhash
 
     return xxhash.xxh3_128()
+
+
+def _checked_manifest(path: Path, contents: Any) -> dict[str, Any]:
+    stated = contents.pop("sha256", None) if isinstance(contents, dict) else None
+    if stated != (found := sha256(_canonical(contents).encode()).hexdigest()):
+        raise Damaged(f"{path}: expected SHA-256 {str(stated)[:12]}..., found {found[:12]}...: it was changed by hand")
+    for key, kind in _KINDS.items():
+        if type(contents.get(key)) is not kind:
+            raise Damaged(f"{path}: expected {key} of type {kind.__name__}, found {contents.get(key)!r:.40}")
+    if (final := _FINAL.fullmatch(path.parent.name)) and int(final[1]) != contents["step"]:
+        raise Damaged(f"{path}: expected step {int(final[1])} by its folder's name, found {contents['step']}")
+    _require_plain_files(path, contents["files"])
+    return dict(contents)
 
 
 def _complete(folder: Path) -> str | None:
