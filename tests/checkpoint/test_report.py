@@ -4,11 +4,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from threading import Event, main_thread
 from typing import Any
 
 import pytest
@@ -192,15 +194,19 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_not_bad(
 
 
 def test_an_interrupt_does_not_wait_for_the_end_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_up = Event()
     monkeypatch.setattr(storage, "_BUFFER", 16)
+    monkeypatch.setattr(storage, "Event", lambda: given_up)
     final, reads = _publish(tmp_path, 2), []
 
-    def interrupted(count: int) -> None:
+    def interrupt_once(count: int) -> None:
         reads.append(count)
-        raise KeyboardInterrupt
+        if len(reads) == 1:
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
+        assert given_up.wait(30)
 
     with pytest.raises(KeyboardInterrupt):
-        storage.verified(final, interrupted)
+        storage.verified(final, interrupt_once)
     assert len(reads) <= 2  # one of each file, of which there are two
 
 
