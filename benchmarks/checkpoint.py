@@ -1,9 +1,9 @@
 """Checkpoints: time to save and to load against a plain copy and read, cost of checksums, stall, and memory.
 
-The state is float32 parameters with AdamW's two moments, 1 GiB together, on one rank and spread over two. Everything goes
-through CheckpointManager. Works of a group alternate, in another order each time; each starts after a sync of the disk and
-takes as long as its slowest rank; medians with the fastest and slowest, and median ratios to the floor beside it. One round
-before the first warms up. GB are 10^9 bytes.
+The state is float32 parameters with AdamW's two moments, 1 GiB together, on one rank and spread over two. Everything
+goes through CheckpointManager. Works of a group alternate, in another order each time; each starts after a sync of the
+disk and takes as long as its slowest rank; medians with the fastest and slowest, and median ratios to the floor beside
+it. One round before the first warms up. GB are 10^9 bytes.
 
     save        write, checksum, flush, publish; floors: copying the same files, and writing the same memory, flushed
     checksums   the same save with a hash that does nothing; once more on a memory disk, where nothing hides the hash
@@ -78,14 +78,16 @@ class Run:
 
     def make_moments(self) -> None:
         for parameter in self.model.parameters():
-            moments = {key: torch.rand_like(parameter).detach() for key in ("exp_avg", "exp_avg_sq")}
+            moments = {key: torch.empty_like(parameter).detach() for key in ("exp_avg", "exp_avg_sq")}
+            for moment in moments.values():
+                shards.part_of(moment).local.uniform_()
             self.optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
 
     def tensors(self) -> list[Tensor]:
         return [shards.part_of(tensor).local for tensor in self.manager._tensors(model_only=False).values()]
 
     def save(self) -> float:
-        """Save once and wait for it; return seconds that training waited for it."""
+        """Save once and wait for the end of it; return seconds of those that training would have waited."""
         self.step += 1
         self.manager.save(Progress(self.step))
         outcome = self.manager.saver.outcome()
@@ -108,12 +110,12 @@ class NoHash:
         return "0" * 32
 
 
-def save_without_hash(run: Run) -> None:
-    kept, shards.hasher = shards.hasher, NoHash
+def save_with(run: Run, hasher: Callable[[], Any]) -> None:
+    shards.hasher = hasher
     try:
         run.save()
     finally:
-        shards.hasher = kept
+        shards.hasher = storage.hasher
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -208,8 +210,8 @@ def times_on_rank(folder: Path, repeats: int) -> dict[str, Any]:
 
     plain = others["disabled"]
     save = {
-        "save": lambda: plain.save() and None,
-        "save without checksums": lambda: save_without_hash(plain),
+        "save": lambda: save_with(plain, storage.hasher),
+        "save without checksums": lambda: save_with(plain, NoHash),
         "copy of the files": lambda: copy_file(own, scratch),
         "write of the memory": lambda: write_memory(tensors, scratch),
     }
@@ -221,7 +223,6 @@ def times_on_rank(folder: Path, repeats: int) -> dict[str, Any]:
         "read, warm": lambda: read_file(own, buffer),
     }
     found = {"save": alternated(save, repeats, clear), "stall": alternated(stall, repeats, clear)}
-    del there
     found["load"] = alternated(load, repeats, lambda: None)
     return {**found, "bytes": sum(path.stat().st_size for path in run.latest().iterdir())}
 
@@ -237,7 +238,7 @@ def checksums_on_rank(folder: Path, repeats: int) -> dict[str, Any]:
             shutil.rmtree(run.latest())
         dist.barrier()
 
-    works = {"save": lambda: run.save() and None, "save without checksums": lambda: save_without_hash(run)}
+    works = {"save": lambda: save_with(run, storage.hasher), "save without checksums": lambda: save_with(run, NoHash)}
     return alternated(works, repeats, clear)
 
 

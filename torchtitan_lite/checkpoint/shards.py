@@ -106,9 +106,9 @@ def _blocks(header: bytes, parts: Mapping[str, Part]) -> Iterator[Any]:
     yield header
     for part in parts.values():
         # Here, one at a time: what lies on a device needs no second copy of all of it on the host.
-        flat = part.local.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = _bytes_of(part.local.to("cpu").contiguous())
         for start in range(0, len(flat), _BLOCK):
-            yield flat[start : start + _BLOCK].data
+            yield flat[start : start + _BLOCK]
 
 
 class Stored:
@@ -128,7 +128,10 @@ class Stored:
                     raise Damaged(f"{folder / file}: {name} is of {chunk.dtype}, which checkpoints do not have")
                 if self._shapes.setdefault(name, shape) != shape:
                     raise Damaged(f"{folder / file}: {name} of shape {list(shape)}, elsewhere {self._shapes[name]}")
-                self._chunks.setdefault(name, []).append(chunk)
+                chunks = self._chunks.setdefault(name, [])
+                if chunks and chunks[0].dtype != chunk.dtype:
+                    raise Damaged(f"{folder / file}: {name} of {chunk.dtype}, elsewhere {chunks[0].dtype}")
+                chunks.append(chunk)
 
     def names(self, prefix: str) -> list[str]:
         """Names that begin with `prefix`, without it."""
@@ -159,7 +162,10 @@ class Stored:
 
 
 def _copy_common(chunk: Chunk, part: Part) -> int:
-    """Copy what a stored chunk and a part have in common, some rows at a time; return how many numbers that is."""
+    """Copy what a stored chunk and a part have in common, some rows at a time; return how many numbers that is.
+
+    Rows that both have whole are read to where they belong, without a copy between.
+    """
     # A number without dims is read as a row of one.
     offset, size = chunk.offset or (0,), chunk.size or (1,)
     local = part.local if part.shape else part.local.view(1)
@@ -173,19 +179,31 @@ def _copy_common(chunk: Chunk, part: Part) -> int:
     rows = max(1, _BLOCK // row)
     columns = tuple(slice(a - o, b - o) for a, b, o in zip(starts[1:], stops[1:], offset[1:], strict=True))
     into = tuple(slice(a - o, b - o) for a, b, o in zip(starts[1:], stops[1:], begin[1:], strict=True))
+    in_whole_rows = (
+        tuple(local.shape[1:]) == size[1:] == tuple(b - a for a, b in zip(starts[1:], stops[1:], strict=True))
+    )
+    straight = in_whole_rows and local.is_contiguous() and local.device.type == "cpu"
+    buffer = None if straight else torch.empty(min(rows, stops[0] - starts[0]), *size[1:], dtype=dtype)
     with chunk.path.open("rb", buffering=0) as handle:
         for first in range(starts[0], stops[0], rows):
             count = min(rows, stops[0] - first)
-            data = bytearray(count * row)
+            target = local[first - begin[0] : first - begin[0] + count]
             handle.seek(chunk.start + (first - offset[0]) * row)
-            _read_whole(handle, data, chunk.path)
-            block = torch.frombuffer(data, dtype=dtype).view(count, *size[1:])
-            local[(slice(first - begin[0], first - begin[0] + count), *into)].copy_(block[(slice(None), *columns)])
+            if buffer is None:
+                _read_whole(handle, _bytes_of(target), chunk.path)
+            else:
+                _read_whole(handle, _bytes_of(buffer[:count]), chunk.path)
+                target[(slice(None), *into)].copy_(buffer[(slice(count), *columns)])
     return prod(stop - start for start, stop in zip(starts, stops, strict=True))
 
 
-def _read_whole(handle: Any, data: bytearray, path: Path) -> None:
-    left = memoryview(data)
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host."""
+    # Not reshape: it keeps the stride of a single number, whatever that is.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
+
+
+def _read_whole(handle: Any, left: memoryview, path: Path) -> None:
     while left:
         count = handle.readinto(left)
         if not count:
