@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from xxhash import xxh3_128
 
+from tests.checkpoint.reading import contents
 from tests.tiny import write_recipe
 from torchtitan_lite import launch
+from torchtitan_lite.checkpoint import report, storage
 from torchtitan_lite.cli import main
 from torchtitan_lite.config import load_config
 from torchtitan_lite.config.document import config_lines, markdown
@@ -204,6 +207,20 @@ def test_check_json_is_one_document_on_stdout(recipe: Path, tmp_path: Path, caps
         ),
         (["config", "docs", "--training.steps=5"], r"argument --training\.steps=5: this command takes no overrides"),
         (["config", "docs", "RECIPE"], r"argument .*tiny\.toml: expected --section\.key=value.*"),
+        (["checkpoint"], r"the following arguments are required: ACTION; see torchtitan-lite checkpoint --help"),
+        (
+            ["checkpoint", "verify"],
+            r"the following arguments are required: PATH; see torchtitan-lite checkpoint verify.*",
+        ),
+        (
+            ["checkpoint", "verify", "nowhere"],
+            r"nowhere: no such folder; name a checkpoint, a folder of some, or a run.*",
+        ),
+        (
+            ["checkpoint", "list", ".", "--json"],
+            r"\.: has no checkpoints; name a checkpoint, a folder of some, or a run.*",
+        ),
+        (["checkpoint", "list", ".", "--steps=2"], r"argument --steps=2: expected --section\.key=value.*"),
         (["prepare", "RECIPE"], r'training\.dataset_path = ".*corpus": no such file or folder.*'),
         (
             ["prepare", "RECIPE", "--model.name=gpt"],
@@ -258,7 +275,9 @@ def test_train_hands_recipe_and_overrides_to_the_launcher(
     assert launched == [[str(recipe), "--training.steps=3", "--job.description=a b"]]
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["config", "--help"], ["config", "show", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["config", "--help"], ["config", "show", "--help"], ["checkpoint", "verify", "--help"]]
+)
 def test_help_goes_to_stdout(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -294,3 +313,70 @@ def test_looking_at_recipes_imports_nothing_heavy(
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "torchtitan_lite.cli" in imported
     assert {name for name in imported if name.split(".")[0] in HEAVY} == set()
+
+
+def _checkpoint(folder: Path) -> Path:
+    final, name = storage.step_folder(folder, 4), storage.file_of(0)
+    staging = storage.staging_folder(folder, 4)
+    staging.mkdir(parents=True)
+    (staging / name).write_bytes(b"abc")
+    files = {name: {"bytes": 3, "xxh3_128": xxh3_128(b"abc").hexdigest()}}
+    storage.publish(staging, final, contents(4, files=files))
+    return final
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_checkpoint_json_is_one_document_on_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
+    final = _checkpoint(tmp_path)
+    assert main(["checkpoint", action, str(tmp_path), "--json"]) == 0
+    out, err = capsys.readouterr()
+    told = _strict_json(out)
+    (row,) = told["checkpoints"] if action == "verify" else told
+    assert (row["path"], err) == (str(final), "")
+
+
+def test_a_bad_checkpoint_is_exit_code_1_and_its_file_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    final = _checkpoint(tmp_path)
+    (final / storage.file_of(0)).write_bytes(b"abd")
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(f"bad   {final / storage.file_of(0)}: expected 3 bytes with XXH3 ")
+    assert out.splitlines()[-1].startswith("0 good, 1 bad; read ")
+    assert err == ""
+    # Its checksum is right, and it is no file of tensors.
+    (final / storage.file_of(0)).write_bytes(b"abc")
+    assert main(["checkpoint", "inspect", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(f"error: {final / storage.file_of(0)}: is no file of a checkpoint: .*\n", err)
+
+
+def test_an_interrupted_verification_is_quiet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _checkpoint(tmp_path)
+
+    def interrupted(count: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report._Count, "add", lambda self, count: interrupted(count))
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+def test_looking_at_checkpoints_needs_no_torch_and_a_closed_pipe_is_quiet(tmp_path: Path, action: str) -> None:
+    _checkpoint(tmp_path)
+    program = "import sys; from torchtitan_lite.cli import main; code = main(sys.argv[1:])\n"
+    program += "assert 'torch' not in sys.modules; sys.exit(code)"
+    command = [sys.executable, "-c", program, "checkpoint", action, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=60) == 141

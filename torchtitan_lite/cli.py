@@ -15,6 +15,12 @@ from torchtitan_lite.strict_json import strict_dumps
 
 logger = logging.getLogger("torchtitan_lite")
 
+_CHECKPOINT_ACTIONS = {
+    "list": "list checkpoints, left-overs, and what was set aside",
+    "verify": "read checkpoints whole and compare checksums; exit 1 where one is bad",
+    "inspect": "print what a checkpoint is of, and its tensors; of several, the newest",
+}
+
 
 class _Parser(argparse.ArgumentParser):
     """One line for a mistake, as everywhere."""
@@ -60,6 +66,13 @@ def _parser() -> _Parser:
 
     command(commands, "train", _train, "check a recipe, prepare its data, train it with torchrun on this machine")
     command(commands, "prepare", _prepare, "train the tokenizer and tokenise the corpus of a recipe, once")
+    checkpoint = commands.add_parser("checkpoint", help="list, verify and inspect checkpoints", allow_abbrev=False)
+    actions = checkpoint.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
+    for action, told in _CHECKPOINT_ACTIONS.items():
+        sub = command(actions, action, _checkpoint, told, recipes="none")
+        sub.add_argument("path", metavar="PATH", help="a checkpoint, a folder of some, or a run folder")
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
+        sub.set_defaults(action=action)
     config = commands.add_parser("config", help="show, check and document recipes", allow_abbrev=False)
     actions = config.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
     show = command(actions, "show", _show, "print a recipe with everything filled in")
@@ -96,6 +109,12 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
     for source in prepared.sources:
         print(f"{source.folder}: {source.train.tokens:,} training tokens, {source.validation.tokens:,} held out")
     return 0
+
+
+def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
+    from torchtitan_lite.checkpoint import report
+
+    return report.run(options.action, options.path, as_json=options.json)
 
 
 def _show(options: argparse.Namespace, overrides: list[str]) -> int:

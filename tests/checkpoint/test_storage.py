@@ -114,7 +114,7 @@ def test_a_manifest_of_another_kind_is_refused(tmp_path: Path, change: dict[str,
 def test_a_manifest_nested_without_end_is_refused(tmp_path: Path) -> None:
     path = _publish(tmp_path, 40) / storage.MANIFEST
     path.write_text("[" * 100_000)
-    with pytest.raises(storage.Damaged, match="is not JSON"):
+    with pytest.raises(storage.Damaged, match="is nested too deep"):
         storage.read_manifest(path.parent)
 
 

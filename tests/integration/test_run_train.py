@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny import write_recipe
-from torchtitan_lite.checkpoint.storage import MANIFEST, file_of, published_steps
+from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.run_record import read_stopped
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from torchtitan_lite.checkpoint.header import CHUNKS, Chunk, chunks_of
 from torchtitan_lite.checkpoint.storage import Damaged, hasher
 from torchtitan_lite.errors import UserError
 
@@ -34,7 +35,7 @@ _TYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_CHUNKS = "chunks"  # the entry of a header's metadata that says where parts lie
+_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def write_parts(path: Path, parts: Mapping[str, Part]) -> dict[str, Any]:
         shape = list(part.local.shape)
         header[name] = {"dtype": _TYPES[part.local.dtype], "shape": shape, "data_offsets": [start, end]}
         chunks[name] = [part.offset, part.shape]
-    header["__metadata__"] = {_CHUNKS: json.dumps(chunks)}
+    header["__metadata__"] = {CHUNKS: json.dumps(chunks)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hasher(), 0
@@ -105,20 +106,9 @@ def _blocks(header: bytes, parts: Mapping[str, Part]) -> Iterator[Any]:
     yield header
     for part in parts.values():
         # Here, one at a time: what lies on a device needs no second copy of all of it on the host.
-        flat = part.local.to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = _bytes_of(part.local.to("cpu").contiguous())
         for start in range(0, len(flat), _BLOCK):
-            yield flat[start : start + _BLOCK].data
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """A stored block of a tensor: `size` at `offset` of the whole, its numbers from byte `start` of the file on."""
-
-    path: Path
-    start: int
-    dtype: torch.dtype
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+            yield flat[start : start + _BLOCK]
 
 
 class Stored:
@@ -129,13 +119,19 @@ class Stored:
     """
 
     def __init__(self, folder: Path, files: Sequence[str]) -> None:
-        self._chunks: dict[str, list[_Chunk]] = {}
+        self._chunks: dict[str, list[Chunk]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            for name, shape, chunk in _chunks_of(folder / file):
+            for chunk in chunks_of(folder / file):
+                name, shape = chunk.name, chunk.shape
+                if chunk.dtype not in _DTYPES:
+                    raise Damaged(f"{folder / file}: {name} is of {chunk.dtype}, which checkpoints do not have")
                 if self._shapes.setdefault(name, shape) != shape:
                     raise Damaged(f"{folder / file}: {name} of shape {list(shape)}, elsewhere {self._shapes[name]}")
-                self._chunks.setdefault(name, []).append(chunk)
+                chunks = self._chunks.setdefault(name, [])
+                if chunks and chunks[0].dtype != chunk.dtype:
+                    raise Damaged(f"{folder / file}: {name} of {chunk.dtype}, elsewhere {chunks[0].dtype}")
+                chunks.append(chunk)
 
     def names(self, prefix: str) -> list[str]:
         """Names that begin with `prefix`, without it."""
@@ -145,7 +141,7 @@ class Stored:
         return self._shapes[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._chunks[name][0].dtype
+        return _DTYPES[self._chunks[name][0].dtype]
 
     def read_into(self, name: str, part: Part) -> None:
         """Fill a part, in place, from all that lies in it.
@@ -165,38 +161,11 @@ class Stored:
             raise Damaged(f"{name}: expected {part.local.numel()} numbers of it, found {filled}")
 
 
-def _chunks_of(path: Path) -> Iterator[tuple[str, tuple[int, ...], _Chunk]]:
-    """(name, shape of the whole, chunk) of all tensors in a file. Raises Damaged."""
-    from safetensors import SafetensorError, safe_open
+def _copy_common(chunk: Chunk, part: Part) -> int:
+    """Copy what a stored chunk and a part have in common, some rows at a time; return how many numbers that is.
 
-    types = {name: dtype for dtype, name in _TYPES.items()}
-    try:
-        with safe_open(path, framework="pt", device="cpu"):
-            pass  # it checks that header and size agree
-        with path.open("rb") as handle:
-            length = int.from_bytes(handle.read(8), "little")
-            header = json.loads(handle.read(length))
-        places = json.loads(header.pop("__metadata__")[_CHUNKS])
-        for name, entry in header.items():
-            offset, shape = (tuple(int(n) for n in numbers) for numbers in places[name])
-            size, start = tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
-            if not _lies_within(offset, size, shape):
-                raise Damaged(f"{path}: {name}: a part of {size} at {offset} does not lie in {shape}")
-            yield name, shape, _Chunk(path, start, types[entry["dtype"]], offset, size)
-    except Damaged:
-        raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{path}: is no file of a checkpoint: {error}") from None
-
-
-def _lies_within(offset: tuple[int, ...], size: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-    if not len(offset) == len(size) == len(shape):
-        return False
-    return all(o >= 0 and o + n <= whole for o, n, whole in zip(offset, size, shape, strict=True))
-
-
-def _copy_common(chunk: _Chunk, part: Part) -> int:
-    """Copy what a stored chunk and a part have in common, some rows at a time; return how many numbers that is."""
+    Rows that both have whole are read to where they belong, without a copy between.
+    """
     # A number without dims is read as a row of one.
     offset, size = chunk.offset or (0,), chunk.size or (1,)
     local = part.local if part.shape else part.local.view(1)
@@ -205,19 +174,33 @@ def _copy_common(chunk: _Chunk, part: Part) -> int:
     stops = [min(a + n, b + m) for a, n, b, m in zip(offset, size, begin, tuple(local.shape), strict=True)]
     if any(start >= stop for start, stop in zip(starts, stops, strict=True)):
         return 0
-    row = prod(size[1:]) * chunk.dtype.itemsize
+    dtype = _DTYPES[chunk.dtype]
+    row = prod(size[1:]) * dtype.itemsize
     rows = max(1, _BLOCK // row)
     columns = tuple(slice(a - o, b - o) for a, b, o in zip(starts[1:], stops[1:], offset[1:], strict=True))
     into = tuple(slice(a - o, b - o) for a, b, o in zip(starts[1:], stops[1:], begin[1:], strict=True))
-    buffer = bytearray(min(rows, stops[0] - starts[0]) * row)
+    in_whole_rows = (
+        tuple(local.shape[1:]) == size[1:] == tuple(b - a for a, b in zip(starts[1:], stops[1:], strict=True))
+    )
+    straight = in_whole_rows and local.is_contiguous() and local.device.type == "cpu"
+    buffer = None if straight else torch.empty(min(rows, stops[0] - starts[0]), *size[1:], dtype=dtype)
     with chunk.path.open("rb", buffering=0) as handle:
         for first in range(starts[0], stops[0], rows):
             count = min(rows, stops[0] - first)
+            target = local[first - begin[0] : first - begin[0] + count]
             handle.seek(chunk.start + (first - offset[0]) * row)
-            _read_whole(handle, memoryview(buffer)[: count * row], chunk.path)
-            block = torch.frombuffer(buffer, dtype=chunk.dtype, count=count * prod(size[1:])).view(count, *size[1:])
-            local[(slice(first - begin[0], first - begin[0] + count), *into)].copy_(block[(slice(None), *columns)])
+            if buffer is None:
+                _read_whole(handle, _bytes_of(target), chunk.path)
+            else:
+                _read_whole(handle, _bytes_of(buffer[:count]), chunk.path)
+                target[(slice(None), *into)].copy_(buffer[(slice(count), *columns)])
     return prod(stop - start for start, stop in zip(starts, stops, strict=True))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host."""
+    # Not reshape: it keeps the stride of a single number, whatever that is.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def _read_whole(handle: Any, left: memoryview, path: Path) -> None:

@@ -8,10 +8,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import stat
+from collections.abc import Callable, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from torchtitan_lite.errors import UserError
@@ -21,6 +23,7 @@ _FINAL = re.compile(r"step-(\d{8,})")
 # The only names that a manifest may list: a name cannot lead out of the folder.
 _FILE = re.compile(r"rank-\d{5,}\.safetensors")
 _LEFT_OVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
+_STAGES = re.compile(r"step-(\d{8,})(?:\.(bad|superseded)(?:-\d+)?)?|\.step-(\d{8,})\.(partial|removed)")
 _BUFFER = 1 << 22
 _READERS = 4  # files of one rank that are read at once
 _KINDS = {
@@ -53,15 +56,25 @@ def file_of(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
+def stage_of(name: str) -> tuple[int, str] | None:
+    """Step and stage of a folder by its name: checkpoint, partial or removed (left over), bad or superseded (set
+    aside); None for any other name."""
+    match = _STAGES.fullmatch(name)
+    return None if match is None else (int(match[1] or match[3]), match[2] or match[4] or "checkpoint")
+
+
 def published_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints that exist in `folder`, ascending; none where the folder is missing.
 
     The name alone counts: one that has lost its manifest is bad, not absent.
     """
-    if not folder.is_dir():
-        return []
-    matches = (_FINAL.fullmatch(entry.name) for entry in folder.iterdir())
-    return sorted(int(match[1]) for match in matches if match and (folder / match[0]).is_dir())
+    try:
+        if not folder.is_dir():
+            return []
+        matches = (_FINAL.fullmatch(entry.name) for entry in folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match and (folder / match[0]).is_dir())
+    except PermissionError as error:
+        raise _not_permitted(error) from None
 
 
 def find_checkpoint(path: str) -> Path:
@@ -108,34 +121,49 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint. Raises Damaged where it is not one, or not of this folder."""
     path = folder / MANIFEST
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise Damaged(f"{path}: is no plain file")
+        text = path.read_text(encoding="utf-8")
+    except PermissionError as error:
+        raise _not_permitted(error) from None
     except OSError as error:
         raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: is not JSON: {error}") from None
-    stated = contents.pop("sha256", None) if isinstance(contents, dict) else None
-    if stated != (found := sha256(_canonical(contents).encode()).hexdigest()):
-        raise Damaged(f"{path}: expected SHA-256 {str(stated)[:12]}..., found {found[:12]}...: it was changed by hand")
-    for key, kind in _KINDS.items():
-        if type(contents.get(key)) is not kind:
-            raise Damaged(f"{path}: expected {key} of type {kind.__name__}, found {contents.get(key)!r:.40}")
-    if (final := _FINAL.fullmatch(folder.name)) and int(final[1]) != contents["step"]:
-        raise Damaged(f"{path}: expected step {int(final[1])} by its folder's name, found {contents['step']}")
-    _require_plain_files(path, contents["files"])
-    return dict(contents)
-
-
-def damages(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is wrong with files as a manifest lists them, a line each: file, expected, found."""
-    with ThreadPoolExecutor(_READERS) as readers:
-        found = readers.map(lambda item: _damage(folder / item[0], item[1]), files.items())
-        return [line for line in found if line]
-
-
-def verified(folder: Path) -> list[str]:
-    """What is wrong with a whole checkpoint, a line each; none where it is good."""
+    except UnicodeDecodeError as error:
+        raise Damaged(f"{path}: is not UTF-8: {error}") from None
     try:
-        return damages(folder, read_manifest(folder)["files"])
+        return _checked_manifest(path, json.loads(text))
+    except RecursionError:
+        raise Damaged(f"{path}: is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise Damaged(f"{path}: is not JSON: {error}") from None
+
+
+def damages(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], on_read: Callable[[int], object] = lambda count: None
+) -> list[str]:
+    """What is wrong with files as a manifest lists them, a line each: file, expected, found.
+
+    on_read: is told, in several threads, how many bytes have been read since.
+    """
+    given_up = Event()
+
+    def told(count: int) -> None:
+        if given_up.is_set():
+            raise CancelledError
+        on_read(count)
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        try:
+            found = readers.map(lambda item: _damage(folder / item[0], item[1], told), files.items())
+            return [line for line in found if line]
+        finally:
+            given_up.set()  # a Ctrl-C does not wait for the end of large files
+
+
+def verified(folder: Path, on_read: Callable[[int], object] = lambda count: None) -> list[str]:
+    """What is wrong with a whole checkpoint, a line each; none where it is good. on_read: as in damages."""
+    try:
+        return damages(folder, read_manifest(folder)["files"], on_read)
     except Damaged as damage:
         return [str(damage)]
 
@@ -165,6 +193,19 @@ def hasher() -> Any:
     return xxhash.xxh3_128()
 
 
+def _checked_manifest(path: Path, contents: Any) -> dict[str, Any]:
+    stated = contents.pop("sha256", None) if isinstance(contents, dict) else None
+    if stated != (found := sha256(_canonical(contents).encode()).hexdigest()):
+        raise Damaged(f"{path}: expected SHA-256 {str(stated)[:12]}..., found {found[:12]}...: it was changed by hand")
+    for key, kind in _KINDS.items():
+        if type(contents.get(key)) is not kind:
+            raise Damaged(f"{path}: expected {key} of type {kind.__name__}, found {contents.get(key)!r:.40}")
+    if (final := _FINAL.fullmatch(path.parent.name)) and int(final[1]) != contents["step"]:
+        raise Damaged(f"{path}: expected step {int(final[1])} by its folder's name, found {contents['step']}")
+    _require_plain_files(path, contents["files"])
+    return dict(contents)
+
+
 def _complete(folder: Path) -> str | None:
     """What a checkpoint holds ("all" or "model"); None where a file is missing or has another size."""
     try:
@@ -175,21 +216,31 @@ def _complete(folder: Path) -> str | None:
     return str(manifest["holds"]) if all(sizes) else None
 
 
-def _damage(path: Path, listed: Mapping[str, Any]) -> str | None:
+def _damage(path: Path, listed: Mapping[str, Any], on_read: Callable[[int], object]) -> str | None:
     expected = f"expected {listed['bytes']} bytes with XXH3 {listed['xxh3_128'][:12]}..."
     try:
-        if (size := path.stat().st_size) != listed["bytes"]:
+        if not stat.S_ISREG((about := path.stat()).st_mode):
+            return f"{path}: {expected}, found no plain file"
+        if (size := about.st_size) != listed["bytes"]:
             return f"{path}: {expected}, found {size} bytes"
         digest, block = hasher(), memoryview(bytearray(_BUFFER))
         with path.open("rb", buffering=0) as handle:
             while count := handle.readinto(block):
                 digest.update(block[:count])
+                on_read(count)
+    except PermissionError as error:
+        raise _not_permitted(error) from None
     except FileNotFoundError:
         return f"{path}: {expected}, found no such file"
     except OSError as error:
         return f"{path}: {expected}, cannot be read: {error.strerror}"
     found = digest.hexdigest()
     return None if found == listed["xxh3_128"] else f"{path}: {expected}, found XXH3 {found[:12]}..."
+
+
+def _not_permitted(error: PermissionError) -> UserError:
+    """What may not be read is not bad: it is neither renamed nor passed over."""
+    return UserError(f"{error.filename}: cannot be read: {error.strerror}; change its permissions")
 
 
 def _require_plain_files(path: Path, files: Mapping[str, Any]) -> None:
