@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import os
 import random
 import sys
 import tempfile
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from tests.chaos import disks, launched, two_hosts
 from tests.chaos.damages import undetected
@@ -34,6 +37,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw of moments and damages")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
+    _silence_ranks()
     found: dict[str, Rows] = {}
     with tempfile.TemporaryDirectory(prefix="chaos-") as name:
         pool = RankPool(4)
@@ -48,12 +52,21 @@ def main() -> int:
         finally:
             pool.close()
     failures = [fault for rows in found.values() for row in rows for fault in row["faults"]]
-    print("\n".join(failures) if failures else "nothing lost, nothing bad loaded")
+    print("\n".join(failures) if failures else "nothing lost, nothing bad loaded", flush=True)
     if not options.only:
         RESULTS.write_text(json.dumps(found, indent=1) + "\n")
         write_section("chaos", _table(found["damages"] + found["disks"]), "checkpoints.md")
         write_section("chaos", _table(found["kills"] + found["launched"] + found["hosts"]), "elastic.md")
     return 1 if failures else 0
+
+
+def _silence_ranks() -> None:
+    """What ranks print goes nowhere; what this process prints goes where it did."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for name in ("stdout", "stderr"):
+        number = getattr(sys, name).fileno()
+        setattr(sys, name, os.fdopen(os.dup(number), "w", buffering=1))
+        os.dup2(nowhere, number)
 
 
 def _recipe(folder: Path, steps: int) -> Path:
@@ -83,22 +96,24 @@ def _damages(pool: RankPool, folder: Path, seed: int) -> Rows:
 def _kills(pool: RankPool, folder: Path, seed: int) -> Rows:
     recipe, total, choose = _recipe(folder, 60), Tally(), random.Random(seed)
     train(pool, 1, recipe, folder / "undisturbed")
-    run = 0
+    run, bar = 0, tqdm(total=_KILLS, desc="kills in the pool of ranks")
     while total.kills < _KILLS:
         run += 1
         _add(total, campaign(pool, draw(_A_RUN, choose), recipe, folder / f"run-{run}", folder / "undisturbed"))
-        print(f"  {total.kills} of {_KILLS} kills in the pool of ranks", file=sys.stderr, flush=True)
+        bar.update(total.kills - bar.n)
+    bar.close()
     return [_row("ranks killed: one or all, in mid-step, save, rename, prune, load or at any moment", run, total)]
 
 
 def _launched(pool: RankPool, folder: Path, seed: int) -> Rows:
     recipe, total = _recipe(folder, 300), Tally()
     train(pool, 1, recipe, folder / "undisturbed")
-    run = 0
+    run, bar = 0, tqdm(total=_LAUNCHED, desc="kills under torchrun")
     while total.kills < _LAUNCHED:
         run += 1
         _add(total, launched.campaign(6, recipe, folder / f"run-{run}", folder / "undisturbed", seed + run))
-        print(f"  {total.kills} of {_LAUNCHED} kills under torchrun", file=sys.stderr, flush=True)
+        bar.update(total.kills - bar.n)
+    bar.close()
     return [_row("under torchrun: a worker, all workers or the agent killed", run, total)]
 
 
