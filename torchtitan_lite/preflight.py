@@ -6,6 +6,7 @@ The launcher runs it once; each rank runs it again and finds the same, the corpu
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -147,17 +148,26 @@ def finished_step(plan: JobPlan) -> int | None:
 
 
 @contextmanager
-def run_folder_held(folder: Path) -> Iterator[None]:
-    """Keep every other run out of the folder. The lock goes with the process, however it ends."""
+def run_folder_held(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Keep every other run out of the folder. The lock goes with the process, however it ends.
+
+    patience_s: how long to wait for one that is about to end.
+    """
+    deadline = time.monotonic() + patience_s
     with (folder / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise UserError(
-                f"{folder}: process {handle.read()} is running in it; wait for it, stop it, or choose another "
-                "job.dump_folder"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                handle.seek(0)
+                raise UserError(
+                    f"{folder}: process {handle.read()} is running in it; wait for it, stop it, or choose another "
+                    "job.dump_folder"
+                ) from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()

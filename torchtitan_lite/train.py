@@ -49,8 +49,13 @@ def run(plan: JobPlan, rank: int) -> int:
     prepared = prepare_job(plan)
     train, held_out = prepared.tokens()
     logger.info("data      %s tokens, %s held out", f"{train:,}", f"{held_out:,}")
-    with run_folder_held(plan.folder) if rank == 0 else nullcontext():
+    with run_folder_held(plan.folder, _patience_s()) if rank == 0 else nullcontext():
         return _train(plan, prepared)
+
+
+def _patience_s() -> float:
+    """Where torchrun starts ranks again, the first rank before may be on another node, and about to end."""
+    return 20.0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else 0.0
 
 
 def _train(plan: JobPlan, prepared: Prepared) -> int:

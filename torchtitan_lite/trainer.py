@@ -19,7 +19,7 @@ from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed import runtime
 from torchtitan_lite.distributed.mesh import axis, build_mesh
 from torchtitan_lite.elastic.agreement import Agreed, agree
-from torchtitan_lite.elastic.preemption import RESTART, StopSignals, restarts_left
+from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSignals, may_restart
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.hardware import peak_tflops
 from torchtitan_lite.observability.memory import peak_memory_gib
@@ -260,8 +260,15 @@ class Trainer:
             write_stopped(self.plan.folder, step=step, signal=name, saved=self.saved)
 
     def exit_code(self, stop: int) -> int:
-        """0; on a rank that only follows others that were told to stop, what makes torchrun start it again."""
-        return RESTART if stop and not self.signals.received and restarts_left() else 0
+        """0; on a rank that only follows others that were told to stop, what makes torchrun start it again.
+
+        To be called when no other rank waits for this one any more, and signals have their usual effect.
+        """
+        if not stop or self.signals.received or not may_restart():
+            return 0
+        # Its agent may be about to stop it too, for a node that joins, which costs no restart.
+        time.sleep(AGENTS_NOTICE_S)
+        return RESTART
 
     def _resume(self) -> None:
         section, before = self.config.checkpoint, None

@@ -17,13 +17,15 @@ _TIMEOUT_S = 180
 VICTIMS = ("a worker", "all workers", "the agent")
 
 
-def launch(recipe: Path, folder: Path, *overrides: str, **variables: str) -> "subprocess.Popen[bytes]":
-    """run_train.sh on two ranks, in a process group of its own, its output in launcher.log beside the run folder."""
+def launch(
+    recipe: Path, folder: Path, *overrides: str, log: Path | None = None, **variables: str
+) -> "subprocess.Popen[bytes]":
+    """run_train.sh on two ranks, in a process group of its own, its output in a log beside the run folder."""
     keep = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "LOG_RANK", "RANK")}
     environment = {**keep, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": "2", **variables}
     command = [str(ROOT / "run_train.sh"), str(recipe), f"--job.dump_folder={folder}", *overrides]
-    with (folder.parent / f"{folder.name}.log").open("ab") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+    with (log or folder.with_name(f"{folder.name}.log")).open("ab") as out:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
 
 
 def workers_of(launcher: int) -> list[int]:

@@ -12,6 +12,8 @@ from typing import Any
 _SAME_CTRL_C_S = 1.0
 # torchrun starts ranks anew that end with any code but 0.
 RESTART = 75
+# Agents look for nodes that wait to join ten times a second; each then stops its own ranks.
+AGENTS_NOTICE_S = 5.0
 
 
 class StopSignals:
@@ -58,7 +60,6 @@ class StopSignals:
         os._exit(128 + self.received)
 
 
-def restarts_left() -> bool:
-    """Whether torchrun would start this rank anew if it failed: then others can go on without one that has to leave."""
-    most, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return most > so_far
+def may_restart() -> bool:
+    """Whether torchrun starts ranks anew: then the others can go on without one that has to leave."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
