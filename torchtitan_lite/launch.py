@@ -65,8 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     if nodes.most > 1:
         endpoint = os.environ["RDZV_ENDPOINT"]
         logger.info("waiting for %s nodes at %s; started again %d times at most", nodes, endpoint, restarts)
-    # torch 2.13's agents share a store of the first round: a node that joins later waits for its address for ever.
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    if not nodes.fixed:
+        # Else torch 2.13's agents keep the first world's store, whose address a node that joins later never learns.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Ranks that cannot leave in time say so themselves, a moment before they are killed.
     patience = plan.config.elastic.grace_seconds + 2
     command = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *rendezvous]

@@ -16,12 +16,10 @@ from tqdm import tqdm
 
 from tests.chaos import disks, launched, two_hosts
 from tests.chaos.damages import undetected
-from tests.chaos.kills import Tally, campaign, draw
-from tests.corpus import write_corpus
+from tests.chaos.kills import Tally, campaign, draw, recipe_of
 from tests.parity.report import write_section
 from tests.ranks import RankPool
 from tests.test_trainer import _run as train
-from tests.tiny import write_recipe
 from torchtitan_lite.checkpoint import storage
 
 ROOT = Path(__file__).parents[2]
@@ -69,22 +67,8 @@ def _silence_ranks() -> None:
         os.dup2(nowhere, number)
 
 
-def _recipe(folder: Path, steps: int) -> Path:
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    return write_recipe(
-        folder / "tiny.toml",
-        write_corpus(corpus),
-        folder / "cache",
-        checkpoint={"enable": True, "interval": 2, "keep_latest_k": 3},
-        training={"global_batch_size": 7, "steps": steps},
-        lr_scheduler={"total_steps": -1},
-        metrics={"log_sample_ids": True},
-    )
-
-
 def _damages(pool: RankPool, folder: Path, seed: int) -> Rows:
-    train(pool, 3, _recipe(folder, 4), folder / "run")
+    train(pool, 3, recipe_of(folder, 4), folder / "run")
     older, good = (storage.step_folder(folder / "run" / "checkpoint", step) for step in (2, 4))
     done, missed = undetected(good, older, folder, _DAMAGES, seed)
     return [
@@ -94,7 +78,7 @@ def _damages(pool: RankPool, folder: Path, seed: int) -> Rows:
 
 
 def _kills(pool: RankPool, folder: Path, seed: int) -> Rows:
-    recipe, total, choose = _recipe(folder, 60), Tally(), random.Random(seed)
+    recipe, total, choose = recipe_of(folder, 60), Tally(), random.Random(seed)
     train(pool, 1, recipe, folder / "undisturbed")
     run, bar = 0, tqdm(total=_KILLS, desc="kills in the pool of ranks")
     while total.kills < _KILLS:
@@ -106,7 +90,7 @@ def _kills(pool: RankPool, folder: Path, seed: int) -> Rows:
 
 
 def _launched(pool: RankPool, folder: Path, seed: int) -> Rows:
-    recipe, total = _recipe(folder, 300), Tally()
+    recipe, total = recipe_of(folder, 300), Tally()
     train(pool, 1, recipe, folder / "undisturbed")
     run, bar = 0, tqdm(total=_LAUNCHED, desc="kills under torchrun")
     while total.kills < _LAUNCHED:
@@ -132,7 +116,7 @@ def _row(what: str, runs: int, tally: Tally) -> dict[str, Any]:
 
 
 def _disks(pool: RankPool, folder: Path, seed: int) -> Rows:
-    recipe = _recipe(folder, 120)
+    recipe = recipe_of(folder, 120)
     train(pool, 2, recipe, folder / "undisturbed")
     endless = folder / "endless.toml"
     endless.write_text(recipe.read_text().replace("steps = 120", "steps = 100000"))

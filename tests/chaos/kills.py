@@ -13,7 +13,9 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.checkpoint.reading import last_lines
+from tests.corpus import write_corpus
 from tests.ranks import RankError, RankPool
+from tests.tiny import write_recipe
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.observability.sinks import read_lines
 
@@ -32,6 +34,22 @@ class Kill:
     rank: int
     ranks: int
     async_mode: str
+
+
+def recipe_of(folder: Path, steps: int, model: str = "tests.tiny:SPEC") -> Path:
+    """A run with a checkpoint every other step, in which nothing changes with the number of ranks."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    return write_recipe(
+        folder / "tiny.toml",
+        write_corpus(corpus),
+        folder / "cache",
+        model={"spec": model},
+        checkpoint={"enable": True, "interval": 2, "keep_latest_k": 3},
+        training={"global_batch_size": 7, "steps": steps},
+        lr_scheduler={"total_steps": -1},
+        metrics={"log_sample_ids": True},
+    )
 
 
 def draw(count: int, choose: random.Random) -> list[Kill]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.chaos.kills import Tally, compared, is_bad, wait_until
@@ -18,12 +19,20 @@ VICTIMS = ("a worker", "all workers", "the agent")
 
 
 def launch(
-    recipe: Path, folder: Path, *overrides: str, log: Path | None = None, **variables: str
+    recipe: Path,
+    folder: Path,
+    *overrides: str,
+    log: Path | None = None,
+    around: Sequence[str] = (),
+    **variables: str,
 ) -> "subprocess.Popen[bytes]":
-    """run_train.sh on two ranks, in a process group of its own, its output in a log beside the run folder."""
+    """run_train.sh on two ranks, in a process group of its own, its output in a log beside the run folder.
+
+    around: a command that runs it.
+    """
     keep = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "LOG_RANK", "RANK")}
     environment = {**keep, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": "2", **variables}
-    command = [str(ROOT / "run_train.sh"), str(recipe), f"--job.dump_folder={folder}", *overrides]
+    command = [*around, str(ROOT / "run_train.sh"), str(recipe), f"--job.dump_folder={folder}", *overrides]
     with (log or folder.with_name(f"{folder.name}.log")).open("ab") as out:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True)
 
