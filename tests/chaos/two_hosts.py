@@ -82,9 +82,10 @@ def rows(pool: RankPool, folder: Path, seed: int) -> list[dict[str, Any]]:
             tally, seconds = _cut(pool, folder)
     except CannotNetwork as reason:
         return [{"what": what, "times": 0, "outcome": f"not run: {reason}", "faults": []}]
+    after = f"{seconds.get('formed', 0):.0f} s after (comm.train_timeout_seconds = {_STEP_TIMEOUT_S})"
     outcome = (
-        f"the other forms anew {seconds.get('formed', 0):.0f} s after (comm.train_timeout_seconds = {_STEP_TIMEOUT_S}), {tally.repeated_steps} steps run twice; it ends "
-        "with the undisturbed run's losses and samples"
+        f"the other forms anew {after}, {tally.repeated_steps} steps run twice; it ends with the undisturbed run's "
+        "losses and samples"
     )
     return [{"what": what, "times": 1, "outcome": outcome, "faults": tally.faults, **seconds}]
 
