@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ import torch.distributed as dist
 from torchtitan_lite.config.schema import Comm, Debug
 from torchtitan_lite.distributed.environment import cores, count_from, environment_ranks
 from torchtitan_lite.errors import UserError
+
+# Collectives wait so much longer than the watchdog, which says more of a hang than the error that they raise.
+AFTER_THE_WATCHDOG_S = 15
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ def start(comm: Comm, debug: Debug) -> Runtime:
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     _make_deterministic(debug, device)
     torch.set_num_threads(count_from("OMP_NUM_THREADS", cores()))
-    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    timeout = timedelta(seconds=comm.init_timeout_seconds + AFTER_THE_WATCHDOG_S)
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(_backend(device), timeout=timeout)
     else:
@@ -37,6 +41,25 @@ def start(comm: Comm, debug: Debug) -> Runtime:
         dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Runtime(rank, world_size, device, name)
+
+
+def record_collectives(comm: Comm, folder: Path) -> None:
+    """Have torch's flight recorder keep the last collectives, from the next process group on."""
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(comm.trace_buf_size)
+    # NCCL finds by itself a collective that hangs on the device while the host goes on.
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = str(int(comm.trace_buf_size > 0))
+    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "collectives_rank_")
+
+
+def recorded_collectives() -> bytes | None:
+    """What the flight recorder keeps, as torchfrtrace reads it; None where it is off."""
+    if os.environ.get("TORCH_FR_BUFFER_SIZE", "0") == "0":
+        return None
+    c10d = torch._C._distributed_c10d
+    # NCCL's has what is on the device, the other what gloo does; a torch without NCCL has the second only.
+    dump = getattr(c10d, "_dump_nccl_trace", None) if dist.get_backend() != "gloo" else None
+    dump = dump or getattr(c10d, "_dump_fr_trace", None)
+    return None if dump is None else bytes(dump())
 
 
 def tighten_timeouts(seconds: int, patient: dist.ProcessGroup) -> None:
