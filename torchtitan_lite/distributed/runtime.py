@@ -15,6 +15,7 @@ from torchtitan_lite.errors import UserError
 
 # Collectives wait so much longer than the watchdog, which says more of a hang than the error that they raise.
 AFTER_THE_WATCHDOG_S = 15
+RECORDED = "collectives_rank_"  # and the rank: what the flight recorder has
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,16 @@ def record_collectives(comm: Comm, folder: Path) -> None:
     os.environ["TORCH_FR_BUFFER_SIZE"] = str(comm.trace_buf_size)
     # NCCL finds by itself a collective that hangs on the device while the host goes on.
     os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = str(int(comm.trace_buf_size > 0))
-    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / "collectives_rank_")
+    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / RECORDED)
 
 
 def recorded_collectives() -> bytes | None:
-    """What the flight recorder keeps, as torchfrtrace reads it; None where it is off."""
+    """What the flight recorder keeps: with NCCL as torchfrtrace reads it, with gloo as JSON; None where it is off."""
     if os.environ.get("TORCH_FR_BUFFER_SIZE", "0") == "0":
         return None
-    c10d = torch._C._distributed_c10d
-    # NCCL's has what is on the device, the other what gloo does; a torch without NCCL has the second only.
-    dump = getattr(c10d, "_dump_nccl_trace", None) if dist.get_backend() != "gloo" else None
-    dump = dump or getattr(c10d, "_dump_fr_trace", None)
-    return None if dump is None else bytes(dump())
+    # torchfrtrace cannot read what gloo leaves (torch 2.13): it names no process groups.
+    name = "_dump_fr_trace_json" if dist.get_backend() == "gloo" else "_dump_nccl_trace"
+    return bytes(getattr(torch._C._distributed_c10d, name)())
 
 
 def tighten_timeouts(seconds: int, patient: dist.ProcessGroup) -> None:

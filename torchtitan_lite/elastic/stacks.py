@@ -13,10 +13,9 @@ import torch
 import torchtitan_lite
 
 _PACKAGE = str(Path(torchtitan_lite.__file__).parent) + "/"
-_PATHS = sysconfig.get_paths()
-_INSTALLED = tuple(
-    {f"{path}/" for path in (*(_PATHS[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")),)}
-    | {str(Path(torch.__file__).parent) + "/"}
+_INSTALLED = (
+    *(f"{sysconfig.get_path(name)}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    f"{Path(torch.__file__).parent}/",
 )
 _COLLECTIVES = ("torch.distributed.distributed_c10d", "torch.distributed._functional_collectives")
 # What waits in torch without a call of a collective on the stack: (module, part of the function's name, in words).

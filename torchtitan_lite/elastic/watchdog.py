@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchtitan_lite.config.schema import Comm
-from torchtitan_lite.distributed.runtime import Runtime, from_first_rank, recorded_collectives
+from torchtitan_lite.distributed.runtime import RECORDED, Runtime, from_first_rank, recorded_collectives
 from torchtitan_lite.elastic.stacks import all_stacks, located
 from torchtitan_lite.elastic.stall_report import Account, Limit, report
 
@@ -138,7 +138,8 @@ class Watchdog:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / f"rank-{here.rank}.txt").write_text(all_stacks(self._watched), encoding="utf-8")
             if (recorded := recorded_collectives()) is not None:
-                (folder / f"collectives_rank_{here.rank}").write_bytes(recorded)
+                name = f"{RECORDED}{here.rank}" + ("" if dist.get_backend() != "gloo" else ".json")
+                (folder / name).write_bytes(recorded)
         except OSError as error:
             print(f"error: {folder}: cannot be written: {error.strerror}", file=sys.stderr, flush=True)
 
@@ -161,15 +162,15 @@ class Watchdog:
         try:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
-            told = -float("inf")
+            told, every = -float("inf"), min(10.0, self._comm.train_timeout_seconds / 5)
             while True:
-                if time.monotonic() - told >= min(10.0, self._limit.seconds / 5):
+                if time.monotonic() - told >= every:
                     told = time.monotonic()
                     last = {"host": self._host, "step": self._step, "phase": self._beat[0], "time": time.time()}
                     store.set(f"{self._prefix}/last/{self._here.rank}", json.dumps(last))
                 if store.check([f"{self._prefix}/called"]):
                     self._wake.set()
-                if self._hush.wait(min(1.0, self._limit.seconds / 10)):
+                if self._hush.wait(min(1.0, every)):
                     break
             if not self._closing and self._account is not None:
                 self._gather(store, self._account)
