@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from torchtitan_lite.config.schema import Comm, Debug
 from torchtitan_lite.distributed.environment import cores, count_from, environment_ranks
+from torchtitan_lite.distributed.job_store import fresh_store
 from torchtitan_lite.errors import UserError
 
 # Collectives wait so much longer than the watchdog, which says more of a hang than the error that they raise.
@@ -35,11 +36,8 @@ def start(comm: Comm, debug: Debug) -> Runtime:
     _make_deterministic(debug, device)
     torch.set_num_threads(count_from("OMP_NUM_THREADS", cores()))
     timeout = timedelta(seconds=comm.init_timeout_seconds + AFTER_THE_WATCHDOG_S)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(_backend(device), timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    store = fresh_store(rank, world_size, timeout) if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Runtime(rank, world_size, device, name)
 

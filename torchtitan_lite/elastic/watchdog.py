@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchtitan_lite.config.schema import Comm
+from torchtitan_lite.distributed.job_store import connect
 from torchtitan_lite.distributed.runtime import RECORDED, Runtime, from_first_rank, recorded_collectives
 from torchtitan_lite.elastic.stacks import all_stacks, located
 from torchtitan_lite.elastic.stall_report import Account, Limit, report
@@ -53,7 +54,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         """Collective."""
-        # torchrun counts no restart where a node joins or leaves: what its variables say may be an earlier start's.
+        # The store outlives this start: see job_store.
         self._prefix = f"watchdog/{from_first_rank(os.urandom(8).hex())}"
         self.beat("starting")
         works = [self._watch] if "MASTER_ADDR" not in os.environ else [self._watch, self._talk]
@@ -160,8 +161,7 @@ class Watchdog:
         for may be what never comes.
         """
         try:
-            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(address, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+            store = connect(_STORE_TIMEOUT)
             told, every = -float("inf"), min(10.0, self._comm.train_timeout_seconds / 5)
             while True:
                 if time.monotonic() - told >= every:
