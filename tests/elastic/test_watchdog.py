@@ -84,7 +84,7 @@ def test_a_hang_is_told_once_in_words(chain: Chain, way: str) -> None:
 @pytest.mark.slow
 def test_torchrun_starts_again_and_the_run_is_finished(chain: Chain) -> None:
     assert chain.code == 0
-    assert sorted(last_lines(chain.folder / "metrics.jsonl")) == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in last_lines(chain.folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert [event["step"] for event in chain.events if event["event"] == "end"] == [6]
 
 
@@ -97,7 +97,8 @@ def test_a_hang_leaves_an_event_and_stacks(chain: Chain) -> None:
     assert phases[0] == ["forward and backward", "loading data"]
     folder = chain.folder / "comm_traces" / f"step-{stalls[0]['step']}"
     assert "Stacks: " + str(folder) in chain.reports[0]
-    assert "in _sleep" in (folder / "rank-1.txt").read_text()
+    # The last start's, which hung at the same step.
+    assert "in barrier" in (folder / "rank-1.txt").read_text()
     recorded = json.loads((folder / "collectives_rank_0.json").read_text())
     assert [entry["retired"] for entry in recorded["entries"]][-1] is False
 

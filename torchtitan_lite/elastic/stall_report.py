@@ -131,7 +131,7 @@ def _place(account: Account) -> str:
 
 def _named(lines: Sequence[str]) -> list[str]:
     more = len(lines) - _NAMED
-    return [*lines[:_NAMED], f"so did {more} more"] if more > 0 else list(lines)
+    return [*lines[:_NAMED], f"nor did {more} more"] if more > 0 else list(lines)
 
 
 def _ranks(ranks: Iterable[int]) -> str:
