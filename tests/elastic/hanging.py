@@ -25,12 +25,22 @@ def _sleep() -> None:
 
 def _stop() -> None:
     # torchrun would be half a minute before it kills a rank that takes no signal.
-    subprocess.Popen(["sh", "-c", f"sleep 6; kill -KILL {os.getpid()}"])
+    subprocess.Popen(["sh", "-c", f"sleep 6; kill -KILL {os.getpid()}"], start_new_session=True)
     os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _suspended() -> None:
+    """Stopped as a whole and going on, as by a scheduler; then a hang."""
+    subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1)
+    print("went on", flush=True)
+    time.sleep(60)
 
 
 WAYS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "loader": (TrainLoader, "next_step", _sleep),
+    "suspended": (TrainLoader, "next_step", _suspended),
     "forward": (WholeModel, "_loss_sum", _sleep),
     "stopped": (WholeModel, "forward_backward", _stop),
     "parted": (trainer, "clip_by_global_norm", lambda: dist.barrier()),

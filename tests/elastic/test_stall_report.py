@@ -79,7 +79,9 @@ def test_a_hang_in_words(case: str) -> None:
 
 def test_a_rank_that_the_store_keeps_from_the_others_says_so() -> None:
     line = report([replace(NORM, rank=5)], LIMIT, "run/comm_traces/step-12/", alone=True)
-    assert "Rank 5 has been clipping gradients for 100 s, waiting in all_reduce (clip, gradients.py:40, host h0)." in line
+    assert (
+        "Rank 5 has been clipping gradients for 100 s, waiting in all_reduce (clip, gradients.py:40, host h0)." in line
+    )
     assert "The job's store did not answer, so this is the account of one rank." in line
 
 

@@ -137,8 +137,6 @@ def _named(lines: Sequence[str]) -> list[str]:
 def _ranks(ranks: Iterable[int]) -> str:
     """`rank 2`, `ranks 0, 1, 3`, `ranks 0 to 6, 8`."""
     runs = [[n for _, n in run] for _, run in groupby(enumerate(sorted(ranks)), lambda pair: pair[1] - pair[0])]
-    parts = [
-        part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(n) for n in run])
-    ]
+    parts = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else [str(n) for n in run])]
     many = len(parts) > 1 or len(runs[0]) > 1
     return f"{'ranks' if many else 'rank'} {', '.join(parts)}"
