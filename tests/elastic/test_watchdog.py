@@ -104,9 +104,7 @@ def test_a_hang_leaves_an_event_and_stacks(chain: Chain) -> None:
 
 
 @pytest.mark.slow
-def test_a_single_process_is_watched_without_a_store_and_may_be_suspended(
-    tmp_path: Path, corpus: Path, cache: Path
-) -> None:
+def test_one_process_is_watched_alone_and_may_be_suspended(tmp_path: Path, corpus: Path, cache: Path) -> None:
     done = _finished([sys.executable, SCRIPT, "suspended", str(_recipe(tmp_path, corpus, cache))], 60)
     assert done.returncode == 1
     assert "went on" in done.stdout

@@ -49,7 +49,8 @@ class Watchdog:
         self._step, self._beat, self._paused = 0, ("starting", time.monotonic()), False
         self._watched, self._host = threading.get_ident(), socket.gethostname()
         self._wake, self._hush = threading.Event(), threading.Event()
-        self._closing, self._spoken, self._account = False, False, None
+        self._closing, self._spoken = False, False
+        self._account: Account | None = None
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> "Watchdog":
