@@ -31,7 +31,7 @@ def _stop() -> None:
 
 def _suspended() -> None:
     """Stopped as a whole and going on, as by a scheduler; then a hang."""
-    time.sleep(0.5)  # seen by the watchdog
+    time.sleep(1.2)  # the watchdog has looked at it
     subprocess.Popen(["sh", "-c", f"sleep 4; kill -CONT {os.getpid()}"], start_new_session=True)
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(1)
