@@ -61,11 +61,14 @@ def _patience_s() -> float:
 def _train(plan: JobPlan, prepared: Prepared) -> int:
     # Here, not above: a mistake in the recipe is answered before torch is paid for.
     from torchtitan_lite.distributed import runtime
+    from torchtitan_lite.elastic.watchdog import Watchdog
     from torchtitan_lite.observability.sinks import RunLog
     from torchtitan_lite.run_record import write_config_json
     from torchtitan_lite.trainer import Trainer
 
-    here = runtime.start(plan.config.comm, plan.config.debug)
+    comm = plan.config.comm
+    runtime.record_collectives(comm, plan.folder / comm.save_traces_folder)
+    here = runtime.start(comm, plan.config.debug)
     try:
         if here.device.type == "cpu":
             _without_accelerator(plan.config)
@@ -80,11 +83,13 @@ def _train(plan: JobPlan, prepared: Prepared) -> int:
             return 0
         if here.rank == 0:
             write_config_json(plan, identity(plan, prepared), here.device_name)
-        trainer = Trainer(plan, prepared, here, RunLog(plan.folder, writes=here.rank == 0))
-        try:
-            stopped_by = trainer.train()
-        finally:
-            trainer.close()
+        log = RunLog(plan.folder, writes=here.rank == 0)
+        with Watchdog(comm, plan.folder, here, log.event) as watchdog:
+            trainer = Trainer(plan, prepared, here, log, watchdog)
+            try:
+                stopped_by = trainer.train()
+            finally:
+                trainer.close()
     finally:
         runtime.stop()
     if not stopped_by:

@@ -20,6 +20,7 @@ from torchtitan_lite.distributed import runtime
 from torchtitan_lite.distributed.mesh import axis, build_mesh
 from torchtitan_lite.elastic.agreement import Agreed, agree
 from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSignals, may_restart
+from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.hardware import peak_tflops
 from torchtitan_lite.observability.memory import peak_memory_gib
@@ -52,17 +53,20 @@ class Trainer:
     """One run on one rank.
 
     Configuration: plan, config, here (this process among the others).
-    Components: model, optimizer, loader, held_out, checkpoints, cadence, signals, clock, log, stages (the ranks of its
-    pipeline).
+    Components: model, optimizer, loader, held_out, checkpoints, cadence, signals, clock, log, watchdog, stages (the
+    ranks of its pipeline).
     State: progress, saved (the step of the newest checkpoint).
     """
 
-    def __init__(self, plan: JobPlan, prepared: Prepared, here: runtime.Runtime, log: RunLog) -> None:
+    def __init__(
+        self, plan: JobPlan, prepared: Prepared, here: runtime.Runtime, log: RunLog, watchdog: Watchdog
+    ) -> None:
         config = plan.config
-        self.plan, self.config, self.here, self.log = plan, config, here, log
+        self.plan, self.config, self.here, self.log, self.watchdog = plan, config, here, log, watchdog
         recipe = Recipe(config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
         mesh = build_mesh(plan.dims, here.device.type)
         self.model = assemble(recipe, mesh, here.device, here.rank)
+        watchdog.watch(self.model.parts)
         stages, seq_len = axis(mesh, "pp"), config.training.seq_len
         self.stages = None if stages is None else stages.get_group()
         self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters())
@@ -94,7 +98,8 @@ class Trainer:
 
         Returns the number of the signal that ended it before, at a step that is saved; 0 where none did.
         """
-        self._resume()
+        with self.watchdog.paused("loading a checkpoint"):
+            self._resume()
         config, last = self.config, self.config.training.steps
         tensorboard = self._open_tensorboard()
         # Collecting whenever the interpreter likes would stall ranks at different times.
@@ -103,6 +108,7 @@ class Trainer:
         first, stop = self.progress.step + 1, 0
         self.signals.hold(signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
         for step in range(first, last + 1):
+            self.watchdog.begin(step)
             result = self.step(self._next_batches(step))
             if step == first:
                 # Until here a Ctrl-C ends the rank at once: there is nothing to save yet, and much to compile.
@@ -111,7 +117,9 @@ class Trainer:
             if logged := step in (first, last) or bool(agreed.stop) or step % config.metrics.log_freq == 0:
                 self._report(result, tensorboard)
             if step == first:
-                runtime.tighten_timeouts(config.comm.train_timeout_seconds, self.checkpoints.group)
+                seconds = config.comm.train_timeout_seconds + runtime.AFTER_THE_WATCHDOG_S
+                runtime.tighten_timeouts(seconds, self.checkpoints.group)
+                self.watchdog.tighten()
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
             if self.held_out is not None and (step == last or step % config.validation.freq == 0) and not agreed.stop:
@@ -130,8 +138,11 @@ class Trainer:
         rate = self.plan.schedule.lr(self.progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        self.watchdog.beat("forward and backward")
         loss = self.model.forward_backward(batches)
+        self.watchdog.beat("clipping gradients")
         grad_norm = clip_by_global_norm(self.model.parameters(), self.config.training.max_norm, self.stages)
+        self.watchdog.beat("optimizer step")
         self.optimizer.step()
         self.optimizer.zero_grad()
         routed = None if self.model.balance is None else self.model.balance.step()
@@ -149,6 +160,7 @@ class Trainer:
 
     def _report(self, result: StepResult, tensorboard: TensorBoard | None) -> None:
         """Sum the loss over ranks and log it with rates and memory; collective."""
+        self.watchdog.beat("logging")
         loss = result.loss.double()
         dist.all_reduce(loss)
         memory = loss.new_tensor(peak_memory_gib(self.here.device))
@@ -186,11 +198,13 @@ class Trainer:
                 agreed = self._agree()
                 if agreed.stop:
                     return
+                self.watchdog.beat("validation")
                 yield batch
 
         with self.clock.paused():
             # A pipeline's micro-batches have one size.
             size = self.plan.batch.microbatch_size if self.plan.pipeline else section.local_batch_size
+            self.watchdog.beat("validation")
             batches = validation_batches(store, samples, size, self.batch_rank, self.plan.dims.batch_ranks)
             loss = self.model.evaluate(until_told_to_stop(batches)).item()
         if not agreed.stop:
@@ -202,6 +216,7 @@ class Trainer:
 
     def _agree(self) -> Agreed:
         saver = self.checkpoints.saver
+        self.watchdog.beat("agreeing")
         return agree(self.signals.received, saver.written or not saver.in_flight, self.cadence.by_clock())
 
     def _save_where_due(self, agreed: Agreed) -> int:
@@ -212,7 +227,7 @@ class Trainer:
         final = step == self.config.training.steps
         ends = final or bool(agreed.stop)
         due = ends or agreed.due or self.cadence.due(step)
-        with self.clock.paused():
+        with self.clock.paused(), self.watchdog.paused("saving a checkpoint"):
             if saver.in_flight and (due or agreed.written):
                 self._take_note()
             for attempt in range(3 if ends else 1):
@@ -313,7 +328,8 @@ class Trainer:
     def close(self) -> None:
         """Wait for a save in flight: it is whole or it is none, whatever ended the run."""
         self.signals.release()
-        self.checkpoints.saver.close()
+        with self.watchdog.paused("waiting for the save in flight"):
+            self.checkpoints.saver.close()
 
     def _open_tensorboard(self) -> TensorBoard | None:
         section = self.config.metrics

@@ -348,13 +348,19 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Comm:
-    """Time-outs of collectives."""
+    """Time-outs, and what is kept of a hang."""
 
     init_timeout_seconds: int = setting(300, minimum=1, maximum=_WEEK_S)
-    """From the start to the end of the first step."""
+    """Seconds that a rank may do nothing or wait for others, until the end of the first step."""
 
     train_timeout_seconds: int = setting(100, minimum=1, maximum=_WEEK_S)
-    """After the first step."""
+    """The same, after the first step."""
+
+    save_traces_folder: str = "comm_traces"
+    """Folder inside the run folder for the stacks and collectives of ranks that hang."""
+
+    trace_buf_size: int = setting(20000, minimum=0)
+    """Collectives that torch's flight recorder keeps of each rank, written where a run hangs; 0 for none."""
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class StopSignals:
         self._grace_s = grace_s
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._timer: threading.Timer | None = None
         self.received = 0
 
     def hold(self, *numbers: int) -> None:
@@ -35,10 +36,12 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._note)
 
     def release(self) -> None:
-        """Give signals their usual effect again, where no save could follow."""
+        """Give signals their usual effect again, and all time: no save could follow any more."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received:
@@ -46,9 +49,9 @@ class StopSignals:
                 os._exit(128 + number)
             return
         self.received, self._since = number, time.monotonic()
-        timer = threading.Timer(self._grace_s, self._give_up)
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self._grace_s, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _give_up(self) -> None:
         print(
