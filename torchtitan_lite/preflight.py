@@ -16,6 +16,7 @@ from typing import Any
 from torchtitan_lite.checkpoint.storage import find_checkpoint, published_steps, step_folder, verified
 from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve
+from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.environment import accelerators
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
@@ -116,6 +117,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     _make_writable(plan.folder, (config.checkpoint.folder, config.metrics.save_tb_folder))
     _resume_needs_checkpoints_on(plan)
     _named_checkpoints_exist(plan)
+    read_passed_over(plan.folder)  # for what it raises, before ranks meet
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, plan.model_args.vocab_size)
     require_samples(prepared, config.training.seq_len, config.validation.enable)
     _refuse_another_run(plan, prepared)

@@ -18,7 +18,7 @@ from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.config import JobConfig
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed.environment import environment_ranks
-from torchtitan_lite.errors import UserError
+from torchtitan_lite.errors import Corruption, UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.strict_json import flat
@@ -27,7 +27,8 @@ logger = logging.getLogger("torchtitan_lite")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train; return the exit code: 0 done or stopped by a signal, 2 the user's mistake, 75 to be started again."""
+    """Train; return the exit code: 0 done or stopped by a signal, 1 hardware that computes wrong numbers, 2 the user's
+    mistake, 75 to be started again."""
     rank, world_size = environment_ranks()
     try:
         setup_logging(shown=rank in shown_ranks(world_size))
@@ -35,9 +36,9 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("no recipe; name a TOML file first, as in train_configs/llama3_debug.toml")
         plan = plan_job(arguments[0], arguments[1:], world_size)
         return run(plan, rank)
-    except UserError as error:
+    except (UserError, Corruption) as error:
         print(error.line(), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
 
 
 def run(plan: JobPlan, rank: int) -> int:

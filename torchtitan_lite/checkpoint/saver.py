@@ -15,6 +15,9 @@ from torch import Tensor
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.checkpoint.shards import Part, write_parts
 
+# Tensors beside those of the model and its optimizer, by how their names begin: in nobody's count of a whole.
+BESIDE = ("rng.", "faults.")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -160,5 +163,5 @@ def _write_own(staging: Path, parts: Mapping[str, Part], whole: int) -> dict[str
         return {"whole": whole, "numbers": 0, "files": {}}
     name = storage.file_of(dist.get_rank())
     entry = write_parts(staging / name, parts)
-    numbers = sum(part.local.numel() for name, part in parts.items() if not name.startswith("rng."))
+    numbers = sum(part.local.numel() for name, part in parts.items() if not name.startswith(BESIDE))
     return {"whole": whole, "numbers": numbers, "files": {name: entry}}

@@ -159,6 +159,32 @@ def one_step_to_start_from(config: JobConfig) -> None:
         )
 
 
+def spikes_are_skipped_with_what_is_no_number(config: JobConfig) -> None:
+    section = config.faults
+    for key in ("loss_spike_sigmas", "grad_norm_spike_sigmas"):
+        if getattr(section, key) and not section.skip_nonfinite:
+            raise UserError(
+                f"faults.{key} = {getattr(section, key)} skips spikes, and faults.skip_nonfinite = false would let "
+                "pass what is beyond any limit; set it to true or the limit to 0"
+            )
+
+
+def rolling_back_needs_checkpoints(config: JobConfig) -> None:
+    if config.faults.then == "roll_back" and not config.checkpoint.enable:
+        raise UserError('faults.then = "roll_back" goes back to a checkpoint: set checkpoint.enable = true, or "stop"')
+
+
+def replay_needs_determinism(config: JobConfig) -> None:
+    debug, steps = config.debug, config.training.steps
+    if debug.replay_steps and not debug.deterministic:
+        raise UserError(
+            f"debug.replay_steps = {debug.replay_steps} compares bits, which only debug.deterministic = true repeats; "
+            "set it, or replay no step"
+        )
+    if wrong := [step for step in debug.replay_steps if not 1 <= step <= steps]:
+        raise UserError(f"debug.replay_steps names step {wrong[0]}, and training.steps = {steps}; valid: 1 to {steps}")
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     only_a_text_dataset_takes_a_path,
@@ -174,4 +200,7 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     experts_are_not_split,
     excluding_needs_something_to_load,
     one_step_to_start_from,
+    spikes_are_skipped_with_what_is_no_number,
+    rolling_back_needs_checkpoints,
+    replay_needs_determinism,
 )

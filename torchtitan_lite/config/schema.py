@@ -312,6 +312,30 @@ class Elastic:
 
 
 @dataclass(frozen=True)
+class Faults:
+    """Steps whose loss or gradient norm is wrong: skipped by all ranks, their samples named in events.jsonl."""
+
+    skip_nonfinite: bool = True
+    """Skip a step whose loss or gradient norm is infinite or no number: parameters and optimizer stay as they are."""
+
+    loss_spike_sigmas: float = setting(0.0, minimum=0.0)
+    """Also skip a step whose loss is more than so many standard deviations above the running mean. 0: no such limit."""
+
+    grad_norm_spike_sigmas: float = setting(0.0, minimum=0.0)
+    """The same for the gradient norm before clipping."""
+
+    warmup_steps: int = setting(100, minimum=2)
+    """Good steps that the running mean must hold before spikes are judged by it."""
+
+    max_in_a_row: int = setting(3, minimum=0)
+    """Steps that may be skipped one after another; one more, and `then` is done."""
+
+    then: Literal["stop", "roll_back"] = "stop"
+    """`stop`: save the last good state and end. `roll_back`: go back to the latest checkpoint and pass over the samples
+    of the skipped steps, for good."""
+
+
+@dataclass(frozen=True)
 class Validation:
     """Loss on the part of the corpus that is held out of training."""
 
@@ -406,6 +430,10 @@ class Debug:
     deterministic: bool = False
     """Deterministic kernels only; an operation without one raises."""
 
+    replay_steps: list[int] = field(default_factory=list)
+    """Steps whose forward and backward run twice, with room for the gradients twice; where their bits differ the run
+    ends and names the rank. Needs `deterministic`."""
+
     moe_force_load_balance: bool = False
     """Send tokens to experts in turn, for a benchmark's even load; their scores weigh the experts all the same."""
 
@@ -423,6 +451,7 @@ class JobConfig:
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     elastic: Elastic = field(default_factory=Elastic)
+    faults: Faults = field(default_factory=Faults)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)

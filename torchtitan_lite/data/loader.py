@@ -13,6 +13,7 @@ from torch import Tensor
 from torchtitan_lite.config.resolution import BatchPlan
 from torchtitan_lite.data.mixture import held_out_sample_at, held_out_samples, mixed_sample_at
 from torchtitan_lite.data.order import sample_at
+from torchtitan_lite.data.passed_over import Ranges, beyond
 from torchtitan_lite.data.prepare import Prepared, Source, Split
 from torchtitan_lite.optim.loss import IGNORE
 
@@ -100,28 +101,36 @@ class SampleStore:
 
 
 class TrainLoader:
-    """Micro-batches of training steps. `position` counts samples of the global order consumed so far: with
-    seed, fingerprint and a mixture's weights it is the whole state."""
+    """Micro-batches of training steps. `position` counts samples of the global order consumed so far: with seed,
+    fingerprint, a mixture's weights and the run's `passed_over` (see read_passed_over) it is the whole state.
 
-    def __init__(self, store: SampleStore, plan: BatchPlan, batch_rank: int, seed: int) -> None:
+    taken: positions [begin, end) between which the last step's samples lie.
+    """
+
+    def __init__(
+        self, store: SampleStore, plan: BatchPlan, batch_rank: int, seed: int, passed_over: Ranges = ()
+    ) -> None:
         self._store, self._plan, self._seed = store, plan, seed
         self._share = plan.share(batch_rank)
-        self.position = 0
+        self.position, self.passed_over, self.taken = 0, passed_over, (0, 0)
 
-    def sample_ids(self) -> list[int]:
-        """Global ids of the coming step's samples, in the order of the global batch."""
-        return [self._id(index) for index in range(self._plan.global_batch_size)]
+    def sample_ids(self, position: int | None = None) -> list[int]:
+        """Global ids of the samples of the coming step, or of that at `position`, in the order of the global batch."""
+        start = self.position if position is None else position
+        return [self._id(start, index) for index in range(self._plan.global_batch_size)]
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the coming step; moves `position` past the global batch."""
-        ids = [self._id(index) for index in self._share]
+        ids = [self._id(self.position, index) for index in self._share]
         size = self._plan.microbatch_size
         batches = [self._store.batch(ids[i * size : (i + 1) * size], size) for i in range(self._plan.microbatches)]
-        self.position += self._plan.global_batch_size
+        last = beyond(self.passed_over, self.position, self._plan.global_batch_size - 1)
+        self.taken = (beyond(self.passed_over, self.position, 0), last + 1)
+        self.position = last + 1
         return batches
 
-    def _id(self, index: int) -> int:
-        return self._store.training_id(self.position + index, self._seed)
+    def _id(self, position: int, index: int) -> int:
+        return self._store.training_id(beyond(self.passed_over, position, index), self._seed)
 
 
 def validation_batches(
