@@ -110,8 +110,8 @@ def test_one_process_is_watched_alone_and_may_be_suspended(tmp_path: Path, corpu
     assert done.returncode == 1
     assert "went on" in done.stdout
     assert re.search(
-        r"^error: step 3 has hung for \d+ s \(comm.train_timeout_seconds = 3\)\. Rank 0 has been loading data for \d+ s "
-        r"\(_suspended, tests/elastic/hanging.py:\d+, host \S+\)\. Stacks: ",
+        r"^error: step 3 has hung for \d+ s \(comm.train_timeout_seconds = 3\)\. Rank 0 has been loading data for "
+        r"\d+ s \(_suspended, tests/elastic/hanging.py:\d+, host \S+\)\. Stacks: ",
         done.stderr,
         re.MULTILINE,
     ), done.stderr
