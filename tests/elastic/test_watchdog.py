@@ -105,12 +105,13 @@ def test_a_hang_leaves_an_event_and_stacks(chain: Chain) -> None:
 
 @pytest.mark.slow
 def test_one_process_is_watched_alone_and_may_be_suspended(tmp_path: Path, corpus: Path, cache: Path) -> None:
-    done = _finished([sys.executable, SCRIPT, "suspended", str(_recipe(tmp_path, corpus, cache))], 60)
+    recipe = str(_recipe(tmp_path, corpus, cache))
+    done = _finished([sys.executable, SCRIPT, "suspended", recipe, "--comm.train_timeout_seconds=3"], 60)
     assert done.returncode == 1
     assert "went on" in done.stdout
     assert re.search(
-        r"^error: step 3 has hung for \d s \(comm.train_timeout_seconds = 2\)\. Rank 0 has been loading data for \d s "
-        r"\(_suspended, tests/elastic/hanging.py:\d+, host \S+\)\. Stacks: ",
+        r"^error: step 3 has hung for \d+ s \(comm.train_timeout_seconds = 3\)\. Rank 0 has been loading data for "
+        r"\d+ s \(_suspended, tests/elastic/hanging.py:\d+, host \S+\)\. Stacks: ",
         done.stderr,
         re.MULTILINE,
     ), done.stderr

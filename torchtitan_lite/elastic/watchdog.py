@@ -105,7 +105,7 @@ class Watchdog:
             now = time.monotonic()
             fresh = self._paused or self._beat is not seen
             # A process that was stopped and goes on has not hung: its own clock stood still.
-            idle = 0.0 if fresh else idle + min(now - last, tick + 1.0)
+            idle = 0.0 if fresh else idle + min(now - last, 3 * tick)
             seen, last = self._beat, now
             if idle >= self._limit.seconds:
                 break
