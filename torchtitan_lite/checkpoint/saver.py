@@ -37,7 +37,7 @@ class Saver:
     """Saves of one run, one at a time.
 
     mode: checkpoint.async_mode. While one is written in the background, training goes on with tensors that change:
-    it works on a copy. group: all ranks, for nothing else, with time enough for the slowest disk.
+    it works on a copy, in memory that is kept for the next one: making it would take longer than the copy. group: all ranks, for nothing else, with time enough for the slowest disk.
     """
 
     def __init__(self, folder: Path, mode: str, keep_latest_k: int, group: dist.ProcessGroup) -> None:
@@ -72,8 +72,6 @@ class Saver:
         """Wait for the save in flight and say how it went."""
         assert self._flying is not None
         outcome, self._flying = self._flying.result(), None
-        if self._mode != "async_with_pinned_mem":
-            self._staged = {}
         return outcome
 
     def close(self) -> None:

@@ -277,8 +277,8 @@ class Checkpoint:
     stays."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """`async`: training waits for a copy to host memory only, and a thread writes it. `async_with_pinned_mem`: the copy
-    is kept for the next save, in pinned memory where there is CUDA."""
+    """`async`: training waits for a copy to host memory only, and a thread writes it; the memory is kept for the next
+    save. `async_with_pinned_mem`: in pinned memory where there is CUDA, so that the copy is as fast as the bus."""
 
     strict: bool = False
     """Stop at a bad checkpoint instead of going back to the one before it."""
