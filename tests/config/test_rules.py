@@ -10,6 +10,8 @@ from torchtitan_lite.config.schema import (
     Checkpoint,
     Compile,
     Data,
+    Debug,
+    Faults,
     JobConfig,
     LRScheduler,
     Metrics,
@@ -69,6 +71,21 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         rules.excluding_needs_something_to_load,
         JobConfig(checkpoint=Checkpoint(initial_load_path="before", exclude_from_loading=["optimizer"])),
         "checkpoint.exclude_from_loading = ['optimizer'] leaves out parts",
+    ),
+    (
+        rules.spikes_are_skipped_with_what_is_no_number,
+        JobConfig(faults=Faults(skip_nonfinite=False, loss_spike_sigmas=6.0)),
+        "faults.loss_spike_sigmas = 6.0 skips spikes, and faults.skip_nonfinite = false would let pass",
+    ),
+    (
+        rules.rolling_back_needs_checkpoints,
+        JobConfig(faults=Faults(then="roll_back")),
+        'faults.then = "roll_back" goes back to a checkpoint: set checkpoint.enable = true',
+    ),
+    (
+        rules.replay_needs_determinism,
+        JobConfig(debug=Debug(replay_steps=[3])),
+        "debug.replay_steps = [3] compares bits, which only debug.deterministic = true repeats",
     ),
     (
         rules.one_step_to_start_from,
@@ -171,6 +188,15 @@ PASSED: list[tuple[Rule, JobConfig]] = [
         ),
     ),
     (rules.one_step_to_start_from, JobConfig(checkpoint=Checkpoint(load_step=5))),
+    (
+        rules.spikes_are_skipped_with_what_is_no_number,
+        JobConfig(faults=Faults(loss_spike_sigmas=6.0, grad_norm_spike_sigmas=6.0)),
+    ),
+    (
+        rules.rolling_back_needs_checkpoints,
+        JobConfig(faults=Faults(then="roll_back"), checkpoint=Checkpoint(enable=True)),
+    ),
+    (rules.replay_needs_determinism, JobConfig(debug=Debug(replay_steps=[3], deterministic=True))),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.only_a_text_dataset_takes_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     *(

@@ -37,7 +37,8 @@ class Saver:
     """Saves of one run, one at a time.
 
     mode: checkpoint.async_mode. While one is written in the background, training goes on with tensors that change:
-    it works on a copy, in memory that is kept for the next one: making it would take longer than the copy. group: all ranks, for nothing else, with time enough for the slowest disk.
+    it works on a copy, in memory that is kept for the next one: making that would take longer than the copy. group:
+    all ranks, for nothing else, with time enough for the slowest disk.
     """
 
     def __init__(self, folder: Path, mode: str, keep_latest_k: int, group: dist.ProcessGroup) -> None:
