@@ -69,7 +69,7 @@ def test_what_is_damaged_is_not_loaded(pool: RankPool, recipe: Path, tmp_path: P
 def test_training_goes_on_while_no_checkpoint_can_be_written(
     pool: RankPool, recipe: Path, tmp_path: Path, scenario: Any
 ) -> None:
-    text = recipe.read_text().replace("steps = 18", "steps = 120").replace("total_steps = 20", "total_steps = -1")
+    text = recipe.read_text().replace("steps = 18", "steps = 60").replace("total_steps = 20", "total_steps = -1")
     recipe.write_text(text)
     _run(pool, 2, recipe, tmp_path / "undisturbed")
     try:
