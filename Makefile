@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 SETUP := root=$(CURDIR); . ./bootstrap.sh; bootstrap dev
 
-.PHONY: test check docs plot parity mutants
+.PHONY: test check docs plot parity mutants chaos
 
 # Everything that needs no GPU. ARGS="-k name" for a part, ARGS=--max-ranks=8 for more ranks.
 test:
@@ -24,6 +24,10 @@ parity:
 # Bugs put into the running product, each of which the comparison must catch; rewrites its table too.
 mutants:
 	@$(SETUP); exec "$$python" -m tests.parity.mutate $(ARGS)
+
+# Processes killed, checkpoints damaged, disks filled, links cut: nothing may be lost. ARGS="--only damages".
+chaos:
+	@$(SETUP); exec "$$python" -m tests.chaos $(ARGS)
 
 # What is generated from the code.
 docs:

@@ -8,13 +8,16 @@
 #
 # Environment:
 #   NPROC           ranks on this node; default: its accelerators, else 2
-#   NNODES          nodes; default 1
+#   NNODES          nodes; default 1; MIN:MAX where they come and go (docs/elastic.md)
+#   MAX_RESTARTS    failures after which ranks are started again; default 0, and 3 with MIN:MAX
 #   RDZV_ENDPOINT   HOST:PORT of the rendezvous, for more than one node
+#   RDZV_ID         tells runs at the same rendezvous apart; default torchtitan_lite
+#   RDZV_CONF       KEY=VALUE,... for torchrun's --rdzv-conf
 #   LOG_RANK        ranks whose log is shown, as in 0,3; default 0
 #   OMP_NUM_THREADS threads of a rank; default: cores over ranks
 #   PYTHON          interpreter for the first set-up; default: python3
 #
-# Exit codes: 0 done, 1 a rank failed, 2 a mistake in recipe, overrides or environment.
+# Exit codes: 0 done, 1 a rank failed, 2 a mistake in recipe, overrides or environment, 128 + n stopped by signal n.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 for argument in "$@"; do

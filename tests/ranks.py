@@ -184,6 +184,8 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], group: bool, timeo
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # A start that failed has counted: its rank would meet the others of the next run under another name.
+        dist.distributed_c10d._world.group_count = 0
         _forget_meshes()
 
 

@@ -162,6 +162,7 @@ def test_what_has_no_effect_is_said(recipe: Path) -> None:
         "--checkpoint.strict=true": "checkpoint.strict = True has no effect while checkpoint.enable = false",
         "--checkpoint.load_step=5": "checkpoint.load_step = 5 has no effect while checkpoint.enable = false",
         "--checkpoint.initial_load_model_only=false": "has no effect while checkpoint.initial_load_path is empty",
+        "--faults.warmup_steps=50": "faults.warmup_steps = 50 has no effect while faults.loss_spike_sigmas and",
         "--compile.backend=eager": "compile.backend = eager has no effect while compile.enable = false",
         ULYSSES: "rotate_method = alltoall has no effect while parallelism.context_parallel_degree = 1",
         f"{P}disable_loss_parallel=true": "disable_loss_parallel = True has no effect while parallelism.tensor",

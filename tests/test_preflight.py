@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoint.reading import contents
+from tests.corpus import write_corpus
 from tests.tiny import SPEC, TINY, write_recipe
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.errors import UserError
@@ -136,8 +137,8 @@ def test_preparing_makes_the_run_folder_and_the_corpus(recipe: Path, tmp_path: P
     plan = plan_job(recipe, [f"--job.dump_folder={tmp_path / 'a' / 'deep' / 'run'}"], 1)
     prepared = prepare_job(plan)
     assert list(plan.folder.iterdir()) == []
-    assert prepared.folder.parent == cache
-    assert prepared.vocab_size == TINY.vocab_size
+    assert prepared.sources[0].folder.parent == cache
+    assert prepared.sources[0].vocab_size == TINY.vocab_size
     assert prepare_job(plan) == prepared
 
 
@@ -343,3 +344,64 @@ def test_a_setting_that_was_a_table_and_is_none_is_a_change(recipe: Path) -> Non
     (plan.folder / "config.json").write_text(json.dumps({"identity": before}))
     with pytest.raises(UserError, match=r"its run has model\.rope_scaling"):
         prepare_job(plan)
+
+
+def _mixture(recipe: Path, tmp_path: Path, weights: str = "[3, 1]", swapped: bool = False) -> list[str]:
+    """Overrides for a mixture of the recipe's corpus and another one, under the tokenizer of the first."""
+    prepared = prepare_job(plan_job(recipe, [f"--job.dump_folder={tmp_path / 'first'}"], 1))
+    other = tmp_path / "other"
+    other.mkdir(exist_ok=True)
+    if not any(other.iterdir()):
+        write_corpus(other, documents=12, sentences=30)
+    paths = [str(plan_job(recipe, [], 1).config.training.dataset_path), str(other)]
+    return [
+        *("--training.dataset=mixture", "--training.dataset_path="),
+        f"--data.mixture_paths={json.dumps(paths[::-1] if swapped else paths)}",
+        f"--data.mixture_weights={weights}",
+        f"--model.tokenizer_path={prepared.tokenizer_path}",
+    ]
+
+
+def test_a_mixture_shares_the_caches_of_its_sources(recipe: Path, tmp_path: Path) -> None:
+    alone = prepare_job(plan_job(recipe, [], 1))
+    mixed = prepare_job(plan_job(recipe, _mixture(recipe, tmp_path), 1))
+    assert mixed.sources[0].folder == alone.sources[0].folder
+    assert mixed.sources[1].folder != alone.sources[0].folder
+    assert mixed.weights == (3, 1)
+    assert mixed.tokens() == tuple(
+        sum(tokens) for tokens in zip(*((s.train.tokens, s.validation.tokens) for s in mixed.sources), strict=True)
+    )
+    assert len({mixed.fingerprint, *(source.fingerprint for source in mixed.sources)}) == 3
+    assert identity(plan_job(recipe, [], 1), alone)["data.mixture_weights"] is None
+
+
+def test_another_mixture_is_another_run(recipe: Path, tmp_path: Path) -> None:
+    _started(recipe, *(same := _mixture(recipe, tmp_path)))
+    prepare_job(plan_job(recipe, same, 2))
+    with pytest.raises(
+        UserError, match=r"its run has data\.mixture_weights = \[3, 1\], this one \[1, 3\], which may not"
+    ):
+        prepare_job(plan_job(recipe, _mixture(recipe, tmp_path, "[1, 3]"), 1))
+    for changed in (_mixture(recipe, tmp_path, "[1, 3]", swapped=True), []):
+        with pytest.raises(UserError, match=r"its run has data = [0-9a-f]{64}, this one [0-9a-f]{64}, which may not"):
+            prepare_job(plan_job(recipe, changed, 1))
+
+
+def test_a_source_without_a_whole_sample_is_named(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    only = tmp_path / "other" / "few.txt"
+    only.write_text("The river follows.")
+    overrides = _mixture(recipe, tmp_path)
+    training_part = r"^training\.seq_len = 32: the training part of data\.mixture_paths\[1\] has "
+    with pytest.raises(UserError, match=training_part + r"\d+ tokens and a sample needs 33; use more text"):
+        prepare_job(plan_job(recipe, overrides, 1))
+    only.write_text("The river follows. " * 100)
+    prepare_job(plan_job(recipe, overrides, 1))
+    # Half of all names hash low enough to be held out, and this one does not.
+    validating = [*overrides, "--validation.enable=true", "--data.validation_fraction=0.5"]
+    held_out_part = r"^validation\.enable = true: the held-out part of data\.mixture_paths\[1\] has 0 documents with 0"
+    with pytest.raises(UserError, match=held_out_part):
+        prepare_job(plan_job(recipe, validating, 1))
+    only.rename(only.with_name("small.txt"))  # and this one does
+    with pytest.raises(UserError, match=training_part + r"0 tokens and a sample needs 33; all its documents are held"):
+        prepare_job(plan_job(recipe, validating, 1))

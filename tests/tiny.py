@@ -68,4 +68,6 @@ def write_recipe(path: Path, corpus: Path, cache: Path, **sections: dict[str, ob
 def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else str(value)

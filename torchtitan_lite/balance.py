@@ -27,8 +27,10 @@ class Balance:
         self._none = torch.zeros((len(names), num_experts + EXTRAS), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def step(self) -> Tensor:
+    def step(self, skip: Tensor | None = None) -> Tensor:
         """After a step's backward: move each expert's bias by `rate` towards an even share, and start counting anew.
+
+        skip: scalar on the device; where it is not 0, biases stay where they are.
 
         Returns what was counted: float64 [layers, E + EXTRAS], the same on every rank (see routing.EXTRAS). Counts are
         whole numbers, so the biases are the same to the bit on every mesh. Collective, no host sync.
@@ -43,6 +45,8 @@ class Balance:
         moves = self._rate * (counts.mean(1, keepdim=True) - counts).sign()
         # Centred, as only differences choose: biases do not drift.
         moves -= moves.mean(1, keepdim=True)
+        if skip is not None:
+            moves = moves.where(skip == 0, 0.0)
         for row, moe in self._own.items():
             moe.expert_bias += moves[row]
         return counted

@@ -66,6 +66,11 @@ def _parser() -> _Parser:
 
     command(commands, "train", _train, "check a recipe, prepare its data, train it with torchrun on this machine")
     command(commands, "prepare", _prepare, "train the tokenizer and tokenise the corpus of a recipe, once")
+    meet = command(
+        commands, "rendezvous", _rendezvous, "serve the store that launchers of several nodes meet at", "none"
+    )
+    meet.add_argument("--port", type=int, default=29400, help="TCP port, 29400 by default")
+    meet.add_argument("--host", default="0.0.0.0", help="address to listen at, all by default")
     checkpoint = commands.add_parser("checkpoint", help="list, verify and inspect checkpoints", allow_abbrev=False)
     actions = checkpoint.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
     for action, told in _CHECKPOINT_ACTIONS.items():
@@ -106,8 +111,15 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(options.recipe, overrides)
     _, args = find_model(config.model)
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, args.vocab_size)
-    print(f"{prepared.folder}: {prepared.train.tokens:,} training tokens, {prepared.validation.tokens:,} held out")
+    for source in prepared.sources:
+        print(f"{source.folder}: {source.train.tokens:,} training tokens, {source.validation.tokens:,} held out")
     return 0
+
+
+def _rendezvous(options: argparse.Namespace, _: list[str]) -> int:
+    from torchtitan_lite.elastic.rendezvous import serve
+
+    return serve(options.host, options.port)
 
 
 def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The one exception that is the user's to mend."""
+"""Exceptions that commands answer with one line."""
 
 
 class UserError(ValueError):
@@ -10,4 +10,16 @@ class UserError(ValueError):
 
     def line(self) -> str:
         """The message as commands print it."""
-        return f"error: {' '.join(str(self).splitlines())}"
+        return _line(self)
+
+
+class Corruption(RuntimeError):
+    """Hardware that computes wrong numbers: nobody's mistake. Training prints it as one line and exits with code 1."""
+
+    def line(self) -> str:
+        """The message as commands print it."""
+        return _line(self)
+
+
+def _line(error: Exception) -> str:
+    return f"error: {' '.join(str(error).splitlines())}"

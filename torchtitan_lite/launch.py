@@ -14,7 +14,15 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from torchtitan_lite.checkpoint.storage import published_steps
+from torchtitan_lite.config import load_config
 from torchtitan_lite.distributed.environment import accelerators, cores, count_from
+from torchtitan_lite.elastic.nodes import (
+    Nodes,
+    nodes_from_environment,
+    rendezvous_arguments,
+    rendezvous_id,
+    restarts_from_environment,
+)
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, plan_job, prepare_job, run_folder_held
@@ -31,17 +39,20 @@ def main(arguments: Sequence[str]) -> int:
     try:
         setup_logging()
         recipe, overrides = split_recipe(arguments)
-        nodes, ranks = count_from("NNODES", 1), count_from("NPROC", accelerators() or 2)
-        shown_ranks(nodes * ranks)
+        nodes, ranks = nodes_from_environment(), count_from("NPROC", accelerators() or 2)
+        restarts = restarts_from_environment(nodes)
+        shown_ranks(nodes.most * ranks)
         # Cores over ranks; torch takes its own number of threads from this too.
         os.environ["OMP_NUM_THREADS"] = str(count_from("OMP_NUM_THREADS", max(1, cores() // ranks)))
-        rendezvous = _rendezvous(nodes)
-        plan = plan_job(recipe, overrides, nodes * ranks)
+        rendezvous = rendezvous_arguments(nodes)
+        if not nodes.fixed:
+            _require_sizes(recipe, overrides, nodes, ranks)
+        plan = plan_job(recipe, overrides, nodes.most * ranks)
         if callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half prepared is taken away
         prepare_job(plan)
         # For an answer before torch is imported; rank 0 takes it for good. Launchers of several nodes would collide.
-        with run_folder_held(plan.folder) if nodes == 1 else nullcontext():
+        with run_folder_held(plan.folder) if nodes.most == 1 else nullcontext():
             pass
         if (step := finished_step(plan)) is not None:
             logger.info(already_finished(plan, step))
@@ -51,13 +62,49 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    if nodes > 1:
-        logger.info("waiting for %d nodes at %s", nodes, os.environ["RDZV_ENDPOINT"])
+    if nodes.most > 1:
+        endpoint = os.environ["RDZV_ENDPOINT"]
+        logger.info("waiting for %s nodes at %s; started again %d times at most", nodes, endpoint, restarts)
+    if not nodes.fixed:
+        # Else torch 2.13's agents keep the first world's store, whose address a node that joins later never learns.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Ranks that cannot leave in time say so themselves, a moment before they are killed.
     patience = plan.config.elastic.grace_seconds + 2
-    command = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", *rendezvous, f"--shutdown-timeout={patience}"]
-    command += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "torchtitan_lite.train"]
+    command = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *rendezvous]
+    command += [
+        f"--shutdown-timeout={patience}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "-m",
+        "torchtitan_lite.train",
+    ]
     return _torchrun([*command, str(recipe), *overrides], plan)
+
+
+def _require_sizes(recipe: Path, overrides: Sequence[str], nodes: Nodes, ranks: int) -> None:
+    """Raise UserError where the run cannot have the least or the most nodes; warn of numbers between."""
+    config, fits, reasons = load_config(recipe, overrides), [], {}
+    if config.training.global_batch_size == -1:
+        raise UserError(
+            f"NNODES={nodes}: training.global_batch_size = -1 would follow the number of ranks, and with it what "
+            "a step is; set it to a number"
+        )
+    if config.checkpoint.load_step != -1:
+        raise UserError(
+            f"NNODES={nodes}: checkpoint.load_step = {config.checkpoint.load_step} would go back each time that the "
+            "nodes change; start with a fixed NNODES first"
+        )
+    for count in range(nodes.least, nodes.most + 1):
+        try:
+            plan_job(recipe, overrides, count * ranks)
+            fits.append(count)
+        except UserError as error:
+            reasons[count] = str(error)
+    told = f"node counts that fit: {', '.join(map(str, fits)) or 'none'}"
+    for count, reason in reasons.items():
+        line = f"NNODES={nodes}: {count} nodes of NPROC={ranks} do not fit: {reason}; {told}"
+        if count in (nodes.least, nodes.most):
+            raise UserError(line)
+        logger.warning("warning   %s", line)
 
 
 def _what_is_kept(plan: JobPlan) -> str:
@@ -75,18 +122,6 @@ def split_recipe(arguments: Sequence[str]) -> tuple[Path, list[str]]:
     return DEFAULT_RECIPE, list(arguments)
 
 
-def _rendezvous(nodes: int) -> list[str]:
-    endpoint = os.environ.get("RDZV_ENDPOINT", "")
-    if nodes == 1 and not endpoint:
-        return ["--standalone"]  # a free port of this machine
-    if not endpoint:
-        raise UserError(f"NNODES={nodes} needs RDZV_ENDPOINT=HOST:PORT, the same on every node")
-    host, _, port = endpoint.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise UserError(f"RDZV_ENDPOINT={endpoint}: expected HOST:PORT, as in node0:29500")
-    return ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-id=torchtitan_lite"]
-
-
 def _torchrun(command: list[str], plan: JobPlan) -> int:
     """Run torchrun's own entry; it returns after the last rank, and passes signals on to all of them."""
     # While torch is imported, as above.
@@ -94,6 +129,7 @@ def _torchrun(command: list[str], plan: JobPlan) -> int:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError as Closed
     from torch.distributed.elastic.rendezvous import RendezvousError
 
     signal.signal(signal.SIGINT, before)
@@ -107,7 +143,8 @@ def _torchrun(command: list[str], plan: JobPlan) -> int:
         print(f"stopped by {stopped.sigval.name}{_what_is_kept(plan)}", file=sys.stderr)
         return 128 + int(stopped.sigval)
     except RendezvousError as error:
-        print(f"error: the nodes did not meet: {' '.join(str(error).split())}", file=sys.stderr)
+        mend = f"; RDZV_ID={rendezvous_id()} is over there, choose another" if isinstance(error, Closed) else ""
+        print(f"error: the nodes did not meet: {' '.join(str(error).split())}{mend}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

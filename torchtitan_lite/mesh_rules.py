@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import ceil, floor, gcd, lcm, log10
 
-from torchtitan_lite.config.schema import Checkpoint, JobConfig
+from torchtitan_lite.config.schema import Checkpoint, Faults, JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.distributed.plans import ParallelPlan, capacity
@@ -203,7 +203,26 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
         idle += [f"{key} = {value} has no effect on a model without experts" for key, value in changed.items()]
     elif moe.overlap_halves and parallelism.expert_parallel_degree == 1:
         idle.append("moe.overlap_halves = True has no effect while parallelism.expert_parallel_degree = 1")
-    return idle + _checkpoint_keys_without_effect(config.checkpoint)
+    return idle + _checkpoint_keys_without_effect(config.checkpoint) + _fault_keys_without_effect(config.faults)
+
+
+def _fault_keys_without_effect(section: Faults) -> list[str]:
+    defaults = Faults()
+    judged = section.loss_spike_sigmas or section.grad_norm_spike_sigmas
+    needs: Iterable[tuple[bool, str, Iterable[str]]] = (
+        (section.skip_nonfinite, "faults.skip_nonfinite = false", ("max_in_a_row", "then")),
+        (
+            bool(judged),
+            "faults.loss_spike_sigmas and faults.grad_norm_spike_sigmas are 0",
+            ("warmup_steps",),
+        ),
+    )
+    return [
+        f"faults.{key} = {getattr(section, key)} has no effect while {reason}"
+        for has_effect, reason, keys in needs
+        for key in keys
+        if not has_effect and getattr(section, key) != getattr(defaults, key)
+    ]
 
 
 def _checkpoint_keys_without_effect(section: Checkpoint) -> list[str]:

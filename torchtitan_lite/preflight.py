@@ -6,6 +6,7 @@ The launcher runs it once; each rank runs it again and finds the same, the corpu
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +16,7 @@ from typing import Any
 from torchtitan_lite.checkpoint.storage import find_checkpoint, published_steps, step_folder, verified
 from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve
+from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.environment import accelerators
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
@@ -115,6 +117,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     _make_writable(plan.folder, (config.checkpoint.folder, config.metrics.save_tb_folder))
     _resume_needs_checkpoints_on(plan)
     _named_checkpoints_exist(plan)
+    read_passed_over(plan.folder)  # for what it raises, before ranks meet
     prepared = prepare(config.training, config.data, config.model.tokenizer_path, plan.model_args.vocab_size)
     require_samples(prepared, config.training.seq_len, config.validation.enable)
     _refuse_another_run(plan, prepared)
@@ -127,6 +130,7 @@ def identity(plan: JobPlan, prepared: Prepared) -> dict[str, Any]:
         "model": {"name": plan.spec.name, **asdict(plan.model_args)},
         "tokenizer": prepared.tokenizer_fingerprint,
         "data": prepared.fingerprint,
+        "data.mixture_weights": plan.config.data.mixture_weights or None,
         "training.seq_len": plan.config.training.seq_len,
         "debug.seed": plan.config.debug.seed,
         "checkpoint.folder": plan.config.checkpoint.folder,
@@ -146,17 +150,26 @@ def finished_step(plan: JobPlan) -> int | None:
 
 
 @contextmanager
-def run_folder_held(folder: Path) -> Iterator[None]:
-    """Keep every other run out of the folder. The lock goes with the process, however it ends."""
+def run_folder_held(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
+    """Keep every other run out of the folder. The lock goes with the process, however it ends.
+
+    patience_s: how long to wait for one that is about to end.
+    """
+    deadline = time.monotonic() + patience_s
     with (folder / ".lock").open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise UserError(
-                f"{folder}: process {handle.read()} is running in it; wait for it, stop it, or choose another "
-                "job.dump_folder"
-            ) from None
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.1)
+                    continue
+                handle.seek(0)
+                raise UserError(
+                    f"{folder}: process {handle.read()} is running in it; wait for it, stop it, or choose another "
+                    "job.dump_folder"
+                ) from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
@@ -184,6 +197,8 @@ def _make_writable(folder: Path, folders: Sequence[str]) -> None:
     for name in folders:
         if (folder / name).exists() and not (folder / name).is_dir():
             raise UserError(f"{folder / name}: is not a folder, and the run writes one there; move it away")
+        if (folder / name).exists() and not os.access(folder / name, os.R_OK | os.W_OK | os.X_OK):
+            raise UserError(f"{folder / name}: cannot be read and written; change its permissions")
 
 
 def _resume_needs_checkpoints_on(plan: JobPlan) -> None:

@@ -18,7 +18,7 @@ from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.config import JobConfig
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed.environment import environment_ranks
-from torchtitan_lite.errors import UserError
+from torchtitan_lite.errors import Corruption, UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.strict_json import flat
@@ -27,7 +27,8 @@ logger = logging.getLogger("torchtitan_lite")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train; return the exit code: 0 done or stopped by a signal, 2 the user's mistake, 75 to be started again."""
+    """Train; return the exit code: 0 done or stopped by a signal, 1 hardware that computes wrong numbers, 2 the user's
+    mistake, 75 to be started again."""
     rank, world_size = environment_ranks()
     try:
         setup_logging(shown=rank in shown_ranks(world_size))
@@ -35,9 +36,9 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError("no recipe; name a TOML file first, as in train_configs/llama3_debug.toml")
         plan = plan_job(arguments[0], arguments[1:], world_size)
         return run(plan, rank)
-    except UserError as error:
+    except (UserError, Corruption) as error:
         print(error.line(), file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
 
 
 def run(plan: JobPlan, rank: int) -> int:
@@ -47,19 +48,28 @@ def run(plan: JobPlan, rank: int) -> int:
     for warning in plan.warnings():
         logger.warning("warning   %s", warning)
     prepared = prepare_job(plan)
-    logger.info("data      %s tokens, %s held out", f"{prepared.train.tokens:,}", f"{prepared.validation.tokens:,}")
-    with run_folder_held(plan.folder) if rank == 0 else nullcontext():
+    train, held_out = prepared.tokens()
+    logger.info("data      %s tokens, %s held out", f"{train:,}", f"{held_out:,}")
+    with run_folder_held(plan.folder, _patience_s()) if rank == 0 else nullcontext():
         return _train(plan, prepared)
+
+
+def _patience_s() -> float:
+    """Where torchrun starts ranks again, the first rank before may be on another node, and about to end."""
+    return 20.0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0 else 0.0
 
 
 def _train(plan: JobPlan, prepared: Prepared) -> int:
     # Here, not above: a mistake in the recipe is answered before torch is paid for.
     from torchtitan_lite.distributed import runtime
+    from torchtitan_lite.elastic.watchdog import Watchdog
     from torchtitan_lite.observability.sinks import RunLog
     from torchtitan_lite.run_record import write_config_json
     from torchtitan_lite.trainer import Trainer
 
-    here = runtime.start(plan.config.comm, plan.config.debug)
+    comm = plan.config.comm
+    runtime.record_collectives(comm, plan.folder / comm.save_traces_folder)
+    here = runtime.start(comm, plan.config.debug)
     try:
         if here.device.type == "cpu":
             _without_accelerator(plan.config)
@@ -74,11 +84,13 @@ def _train(plan: JobPlan, prepared: Prepared) -> int:
             return 0
         if here.rank == 0:
             write_config_json(plan, identity(plan, prepared), here.device_name)
-        trainer = Trainer(plan, prepared, here, RunLog(plan.folder, writes=here.rank == 0))
-        try:
-            stopped_by = trainer.train()
-        finally:
-            trainer.close()
+        log = RunLog(plan.folder, writes=here.rank == 0)
+        with Watchdog(comm, plan.folder, here, log.event) as watchdog:
+            trainer = Trainer(plan, prepared, here, log, watchdog)
+            try:
+                stopped_by = trainer.train()
+            finally:
+                trainer.close()
     finally:
         runtime.stop()
     if not stopped_by:

@@ -7,6 +7,8 @@ import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,11 +17,15 @@ from torchtitan_lite.assembly import Recipe, assemble
 from torchtitan_lite.checkpoint.cadence import Cadence
 from torchtitan_lite.checkpoint.manager import CheckpointManager, Loaded, Progress
 from torchtitan_lite.data.loader import Batch, SampleStore, TrainLoader, validation_batches
+from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed import runtime
 from torchtitan_lite.distributed.mesh import axis, build_mesh
 from torchtitan_lite.elastic.agreement import Agreed, agree
-from torchtitan_lite.elastic.preemption import RESTART, StopSignals, restarts_left
+from torchtitan_lite.elastic.faults import Guard, Skipped, pass_over, step_unless, why_stop
+from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSignals, may_restart
+from torchtitan_lite.elastic.replay import run_twice
+from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.hardware import peak_tflops
 from torchtitan_lite.observability.memory import peak_memory_gib
@@ -52,25 +58,31 @@ class Trainer:
     """One run on one rank.
 
     Configuration: plan, config, here (this process among the others).
-    Components: model, optimizer, loader, held_out, checkpoints, cadence, signals, clock, log, stages (the ranks of its
-    pipeline).
+    Components: model, optimizer, guard (None where no step is skipped), loader, held_out, checkpoints, cadence,
+    signals, clock, log, watchdog, stages (the ranks of its pipeline).
     State: progress, saved (the step of the newest checkpoint).
     """
 
-    def __init__(self, plan: JobPlan, prepared: Prepared, here: runtime.Runtime, log: RunLog) -> None:
+    def __init__(
+        self, plan: JobPlan, prepared: Prepared, here: runtime.Runtime, log: RunLog, watchdog: Watchdog
+    ) -> None:
         config = plan.config
-        self.plan, self.config, self.here, self.log = plan, config, here, log
+        self.plan, self.config, self.here, self.log, self.watchdog = plan, config, here, log, watchdog
         recipe = Recipe(config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
         mesh = build_mesh(plan.dims, here.device.type)
         self.model = assemble(recipe, mesh, here.device, here.rank)
+        watchdog.watch(self.model.parts)
         stages, seq_len = axis(mesh, "pp"), config.training.seq_len
         self.stages = None if stages is None else stages.get_group()
         self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters())
+        self.guard = Guard(config.faults, here.device) if config.faults.skip_nonfinite else None
         self.batch_rank = plan.dims.batch_rank(here.rank)
         masked = config.data.document_mask
-        train_store = SampleStore(prepared, prepared.train, seq_len, document_mask=masked)
-        held_out_store = SampleStore(prepared, prepared.validation, seq_len, document_mask=masked)
-        self.loader = TrainLoader(train_store, plan.batch, self.batch_rank, config.debug.seed)
+        train_store = SampleStore(prepared, "train", seq_len, document_mask=masked)
+        held_out_store = SampleStore(prepared, "validation", seq_len, document_mask=masked)
+        # The first rank's: another node may not see yet what was written just before a restart.
+        ranges = runtime.from_first_rank(read_passed_over(plan.folder) if here.rank == 0 else None)
+        self.loader = TrainLoader(train_store, plan.batch, self.batch_rank, config.debug.seed, ranges)
         self.held_out = held_out_store if config.validation.enable else None
         self.checkpoints = CheckpointManager(
             config.checkpoint,
@@ -80,6 +92,7 @@ class Trainer:
             manifest_record(plan, identity(plan, prepared)),
             plan.dims.first_peer(here.rank),
             log.event,
+            {} if self.guard is None else self.guard.tensors,
         )
         self.cadence = Cadence(config.checkpoint.interval, config.checkpoint.interval_minutes)
         self.signals = StopSignals(config.elastic.grace_seconds)
@@ -94,7 +107,8 @@ class Trainer:
 
         Returns the number of the signal that ended it before, at a step that is saved; 0 where none did.
         """
-        self._resume()
+        with self.watchdog.paused("loading a checkpoint"):
+            self._resume()
         config, last = self.config, self.config.training.steps
         tensorboard = self._open_tensorboard()
         # Collecting whenever the interpreter likes would stall ranks at different times.
@@ -102,21 +116,30 @@ class Trainer:
         self.clock.restart()
         first, stop = self.progress.step + 1, 0
         self.signals.hold(signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-        for step in range(first, last + 1):
+        while (step := self.progress.step + 1) <= last:
+            self.watchdog.begin(step)
             result = self.step(self._next_batches(step))
             if step == first:
                 # Until here a Ctrl-C ends the rank at once: there is nothing to save yet, and much to compile.
                 self.signals.hold(signal.SIGINT)
             agreed = self._agree()
-            if step in (first, last) or agreed.stop or step % config.metrics.log_freq == 0:
+            if logged := step in (first, last) or bool(agreed.stop) or step % config.metrics.log_freq == 0:
                 self._report(result, tensorboard)
             if step == first:
-                runtime.tighten_timeouts(config.comm.train_timeout_seconds, self.checkpoints.group)
+                seconds = config.comm.train_timeout_seconds + runtime.AFTER_THE_WATCHDOG_S
+                runtime.tighten_timeouts(seconds, self.checkpoints.group)
+                self.watchdog.tighten()
             if step % config.training.gc_freq == 0:
                 gc.collect(1)
+            if row := self._too_many_skipped(newest_too=step == last or agreed.stop > 0):
+                first = self._roll_back(row)
+                tensorboard = self._open_tensorboard(tensorboard)
+                continue
             if self.held_out is not None and (step == last or step % config.validation.freq == 0) and not agreed.stop:
                 agreed = self._validate(self.held_out, tensorboard, agreed)
             if stop := self._save_where_due(agreed):
+                if not logged:  # told to stop since
+                    self._report(result, tensorboard)
                 break
         self._end(stop)
         if tensorboard is not None:
@@ -128,14 +151,26 @@ class Trainer:
         rate = self.plan.schedule.lr(self.progress.step + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.model.forward_backward(batches)
+        self.watchdog.beat("forward and backward")
+        loss = self._forward_backward(batches)
+        self.watchdog.beat("clipping gradients")
         grad_norm = clip_by_global_norm(self.model.parameters(), self.config.training.max_norm, self.stages)
-        self.optimizer.step()
+        self.watchdog.beat("optimizer step")
+        skip = None
+        if self.guard is not None:
+            skip = self.guard.judge(loss, grad_norm, self.progress.step + 1, self.loader.taken)
+        step_unless(skip, self.optimizer)
         self.optimizer.zero_grad()
-        routed = None if self.model.balance is None else self.model.balance.step()
+        routed = None if self.model.balance is None else self.model.balance.step(skip)
         seen = self.progress.tokens_seen + self.plan.tokens_per_step
         self.progress = Progress(self.progress.step + 1, self.loader.position, seen)
         return StepResult(loss, grad_norm, rate, routed)
+
+    def _forward_backward(self, batches: Sequence[Batch]) -> Tensor:
+        step, run = self.progress.step + 1, partial(self.model.forward_backward, batches)
+        if step not in self.config.debug.replay_steps:
+            return run()
+        return run_twice(self.model, run, self.here.device, step, self.log.event)
 
     def _next_batches(self, step: int) -> list[Batch]:
         if self.config.metrics.log_sample_ids and self.log.writes:
@@ -147,6 +182,7 @@ class Trainer:
 
     def _report(self, result: StepResult, tensorboard: TensorBoard | None) -> None:
         """Sum the loss over ranks and log it with rates and memory; collective."""
+        self.watchdog.beat("logging")
         loss = result.loss.double()
         dist.all_reduce(loss)
         memory = loss.new_tensor(peak_memory_gib(self.here.device))
@@ -184,11 +220,13 @@ class Trainer:
                 agreed = self._agree()
                 if agreed.stop:
                     return
+                self.watchdog.beat("validation")
                 yield batch
 
         with self.clock.paused():
             # A pipeline's micro-batches have one size.
             size = self.plan.batch.microbatch_size if self.plan.pipeline else section.local_batch_size
+            self.watchdog.beat("validation")
             batches = validation_batches(store, samples, size, self.batch_rank, self.plan.dims.batch_ranks)
             loss = self.model.evaluate(until_told_to_stop(batches)).item()
         if not agreed.stop:
@@ -200,6 +238,7 @@ class Trainer:
 
     def _agree(self) -> Agreed:
         saver = self.checkpoints.saver
+        self.watchdog.beat("agreeing")
         return agree(self.signals.received, saver.written or not saver.in_flight, self.cadence.by_clock())
 
     def _save_where_due(self, agreed: Agreed) -> int:
@@ -210,7 +249,7 @@ class Trainer:
         final = step == self.config.training.steps
         ends = final or bool(agreed.stop)
         due = ends or agreed.due or self.cadence.due(step)
-        with self.clock.paused():
+        with self.clock.paused(), self.watchdog.paused("saving a checkpoint"):
             if saver.in_flight and (due or agreed.written):
                 self._take_note()
             for attempt in range(3 if ends else 1):
@@ -228,6 +267,40 @@ class Trainer:
                 )
             # A signal that came during the save finds its step saved.
             return agreed.stop or (self._agree().stop if self.saved == step else 0)
+
+    def _too_many_skipped(self, *, newest_too: bool) -> Skipped | None:
+        """Record the steps that were skipped, newest_too or up to the one before; return the last one of a row that is
+        longer than faults.max_in_a_row."""
+        skipped = [] if self.guard is None else self.guard.read(all_of_them=newest_too)
+        for each in skipped:
+            self.log.event("skipped step", each.step, **each.record(), ids=self.loader.sample_ids(each.begin))
+            logger.warning("skipped step %d: %s", each.step, each)
+        return next((each for each in skipped[::-1] if each.in_a_row > self.config.faults.max_in_a_row), None)
+
+    def _roll_back(self, row: Skipped) -> int:
+        """Go back to the latest checkpoint and pass over the samples of `row`. Collective; returns 0, which is no step.
+
+        Raises UserError where it is to stop instead (see why_stop); the last good state is then saved.
+        """
+        assert self.guard is not None
+        with self.clock.paused():
+            row = self._too_many_skipped(newest_too=True) or row
+            if self.checkpoints.saver.in_flight:
+                self._take_note()
+            self.guard.forget_row()
+            if stop := why_stop(row, self.config.faults, self.loader.passed_over, self.saved):
+                self.log.event("stopped by faults", self.progress.step, why=stop)
+                self._save_where_due(Agreed(stop=signal.SIGABRT, written=False, due=False))
+                raise UserError(stop)
+            # First: a run that is killed from here on passes over them too.
+            self.loader.passed_over = pass_over(self.plan.folder, self.loader.passed_over, row)
+            before, details = self.checkpoints.resume(), {"from_step": self.progress.step, "passed_over": row.positions}
+            assert before is not None
+            self.guard.forget_row()
+            self.progress, self.saved = before.progress, before.progress.step
+            self.loader.position = self.progress.position
+        self._went_on_from(before, "roll back", "rolled back to", **details)
+        return 0
 
     def _take_note(self) -> None:
         """Wait for the save in flight, say how it went, and try again soon where it failed."""
@@ -249,6 +322,7 @@ class Trainer:
         )
 
     def _end(self, stop: int) -> None:
+        self._too_many_skipped(newest_too=True)
         if not stop:
             self.log.event("end", self.progress.step)
             return
@@ -258,8 +332,15 @@ class Trainer:
             write_stopped(self.plan.folder, step=step, signal=name, saved=self.saved)
 
     def exit_code(self, stop: int) -> int:
-        """0; on a rank that only follows others that were told to stop, what makes torchrun start it again."""
-        return RESTART if stop and not self.signals.received and restarts_left() else 0
+        """0; on a rank that only follows others that were told to stop, what makes torchrun start it again.
+
+        To be called when no other rank waits for this one any more, and signals have their usual effect.
+        """
+        if not stop or self.signals.received or not may_restart():
+            return 0
+        # Its agent may be about to stop it too, for a node that joins, which costs no restart.
+        time.sleep(AGENTS_NOTICE_S)
+        return RESTART
 
     def _resume(self) -> None:
         section, before = self.config.checkpoint, None
@@ -286,9 +367,9 @@ class Trainer:
             logger.info("no checkpoint in %s: from the start again, earlier lines are superseded", self.plan.folder)
         self.loader.position = self.progress.position
 
-    def _went_on_from(self, loaded: Loaded, event: str, how: str) -> None:
+    def _went_on_from(self, loaded: Loaded, event: str, how: str, **details: Any) -> None:
         step = loaded.progress.step
-        self.log.event(event, step, checkpoint=str(loaded.folder))
+        self.log.event(event, step, checkpoint=str(loaded.folder), **details)
         if loaded.world_size != self.here.world_size:
             self.log.event("world-size change", step, before=loaded.world_size, now=self.here.world_size)
         batch = self.config.training.global_batch_size
@@ -304,9 +385,12 @@ class Trainer:
     def close(self) -> None:
         """Wait for a save in flight: it is whole or it is none, whatever ended the run."""
         self.signals.release()
-        self.checkpoints.saver.close()
+        with self.watchdog.paused("waiting for the save in flight"):
+            self.checkpoints.saver.close()
 
-    def _open_tensorboard(self) -> TensorBoard | None:
+    def _open_tensorboard(self, before: TensorBoard | None = None) -> TensorBoard | None:
+        if before is not None:
+            before.close()
         section = self.config.metrics
         if self.here.rank != 0 or not section.enable_tensorboard:
             return None

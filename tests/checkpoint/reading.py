@@ -7,6 +7,7 @@ import torch
 
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.checkpoint.shards import Part, Stored
+from torchtitan_lite.observability.sinks import read_lines
 
 
 def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -18,6 +19,11 @@ def whole_tensors(folder: Path) -> dict[str, torch.Tensor]:
         tensors[name] = torch.empty(shape, dtype=stored.dtype(name))
         stored.read_into(name, Part(tensors[name], (0,) * len(shape), shape))
     return tensors
+
+
+def last_lines(path: Path) -> list[dict[str, Any]]:
+    """A line a step of metrics.jsonl or samples.jsonl: of those that a resume superseded, the last."""
+    return list({line["step"]: line for line in read_lines(path)}.values())
 
 
 def flip_a_bit(path: Path, byte: int = -1, bit: int = 0) -> None:

@@ -159,14 +159,14 @@ def test_left_overs_are_told_and_taken_away(tmp_path: Path) -> None:
     assert storage.take_away_left_overs(tmp_path / "nowhere") == []
 
 
-def test_steps_are_ascending_numbers_with_a_manifest(tmp_path: Path) -> None:
+def test_steps_are_ascending_numbers_of_folders(tmp_path: Path) -> None:
     for step in (100, 5, 123_456_789, 20):
         _publish(tmp_path, step)
-    (tmp_path / "step-00000007").mkdir()
+    (tmp_path / "step-00000007").mkdir()  # without a manifest: somebody took it away
     (tmp_path / "step-00000008").write_text("a file")
     for name in ("step-9", "step-00000010.old", "xstep-00000011", ".step-00000012.removed", "notes"):
         shutil.copytree(tmp_path / "step-00000005", tmp_path / name)
-    assert storage.published_steps(tmp_path) == [5, 20, 100, 123_456_789]
+    assert storage.published_steps(tmp_path) == [5, 7, 20, 100, 123_456_789]
 
 
 def test_a_missing_folder_holds_no_checkpoints(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from torchtitan_lite.config.schema import (
     Checkpoint,
     Compile,
     Data,
+    Debug,
+    Faults,
     JobConfig,
     LRScheduler,
     Metrics,
@@ -23,6 +25,7 @@ from torchtitan_lite.errors import UserError
 Rule = Callable[[JobConfig], None]
 
 _ASYNC = Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)
+_MIXTURE = Training(dataset="mixture")
 
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
     (
@@ -70,6 +73,21 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         "checkpoint.exclude_from_loading = ['optimizer'] leaves out parts",
     ),
     (
+        rules.spikes_are_skipped_with_what_is_no_number,
+        JobConfig(faults=Faults(skip_nonfinite=False, loss_spike_sigmas=6.0)),
+        "faults.loss_spike_sigmas = 6.0 skips spikes, and faults.skip_nonfinite = false would let pass",
+    ),
+    (
+        rules.rolling_back_needs_checkpoints,
+        JobConfig(faults=Faults(then="roll_back")),
+        'faults.then = "roll_back" goes back to a checkpoint: set checkpoint.enable = true',
+    ),
+    (
+        rules.replay_needs_determinism,
+        JobConfig(debug=Debug(replay_steps=[3])),
+        "debug.replay_steps = [3] compares bits, which only debug.deterministic = true repeats",
+    ),
+    (
         rules.one_step_to_start_from,
         JobConfig(checkpoint=Checkpoint(initial_load_path="before", load_step=5)),
         "checkpoint.load_step = 5 goes back to a step of this run",
@@ -80,9 +98,40 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         'training.dataset = "text" needs training.dataset_path',
     ),
     (
-        rules.stdlib_dataset_takes_no_path,
+        rules.only_a_text_dataset_takes_a_path,
         JobConfig(training=Training(dataset="python_stdlib", dataset_path="books")),
-        'training.dataset_path = "books" has no effect with training.dataset = "python_stdlib"',
+        'training.dataset_path = "books" has no effect with training.dataset = "python_stdlib"; set training.dataset',
+    ),
+    (
+        rules.only_a_text_dataset_takes_a_path,
+        JobConfig(training=Training(dataset="mixture", dataset_path="books")),
+        'training.dataset_path = "books" has no effect with training.dataset = "mixture"; name it in data.',
+    ),
+    *(
+        (
+            rules.a_mixture_weighs_several_paths,
+            JobConfig(training=_MIXTURE, data=Data(mixture_paths=paths, mixture_weights=weights)),
+            message,
+        )
+        for paths, weights, message in (
+            ([], [], 'training.dataset = "mixture" needs two data.mixture_paths or more, and [] has 0; one source is'),
+            (["a"], [1], "training.dataset = \"mixture\" needs two data.mixture_paths or more, and ['a'] has 1"),
+            (["a", "b"], [], "data.mixture_weights = []: 0 for 2 data.mixture_paths; give each path one"),
+            (["a", "b"], [1, 2, 3], "data.mixture_weights = [1, 2, 3]: 3 for 2 data.mixture_paths"),
+            (["a", "b"], [1, 0], "data.mixture_weights = [1, 0]: each must be at least 1; leave out the path that has"),
+            (["a", "b"], [-3, 2], "data.mixture_weights = [-3, 2]: each must be at least 1"),
+            (["a", "b"], [10_000, 1], "data.mixture_weights = [10000, 1]: their sum, 10001, must be at most 10000"),
+        )
+    ),
+    (
+        rules.only_a_mixture_takes_mixture_keys,
+        JobConfig(data=Data(mixture_paths=["a", "b"], mixture_weights=[1, 1])),
+        "data.mixture_paths = ['a', 'b'] has no effect with training.dataset = \"python_stdlib\"; set it to",
+    ),
+    (
+        rules.only_a_mixture_takes_mixture_keys,
+        JobConfig(training=Training(dataset="text", dataset_path="books"), data=Data(mixture_weights=[1])),
+        'data.mixture_weights = [1] has no effect with training.dataset = "text"; set it to "mixture" or',
     ),
     (
         rules.outside_spec_takes_no_name,
@@ -139,8 +188,22 @@ PASSED: list[tuple[Rule, JobConfig]] = [
         ),
     ),
     (rules.one_step_to_start_from, JobConfig(checkpoint=Checkpoint(load_step=5))),
+    (
+        rules.spikes_are_skipped_with_what_is_no_number,
+        JobConfig(faults=Faults(loss_spike_sigmas=6.0, grad_norm_spike_sigmas=6.0)),
+    ),
+    (
+        rules.rolling_back_needs_checkpoints,
+        JobConfig(faults=Faults(then="roll_back"), checkpoint=Checkpoint(enable=True)),
+    ),
+    (rules.replay_needs_determinism, JobConfig(debug=Debug(replay_steps=[3], deterministic=True))),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
-    (rules.stdlib_dataset_takes_no_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
+    (rules.only_a_text_dataset_takes_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
+    *(
+        (rule, JobConfig(training=_MIXTURE, data=Data(mixture_paths=["a", "b"], mixture_weights=weights)))
+        for rule in (rules.a_mixture_weighs_several_paths, rules.only_a_mixture_takes_mixture_keys)
+        for weights in ([1, 1], [9_999, 1])
+    ),
     (rules.outside_spec_takes_no_name, JobConfig(model=Model(spec="package.module:SPEC"))),
     (rules.outside_spec_takes_no_name, JobConfig(model=Model(name="mine"))),
     (

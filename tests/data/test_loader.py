@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torchtitan_lite.config.resolution import plan_batch
 from torchtitan_lite.data.loader import SampleStore, TrainLoader, validation_batches
 from torchtitan_lite.data.order import sample_at
-from torchtitan_lite.data.prepare import Prepared, Split
+from torchtitan_lite.data.prepare import Prepared, Source, Split
 from torchtitan_lite.optim.loss import IGNORE
 
 SEQ_LEN = 4
@@ -26,12 +27,17 @@ def prepared(tmp_path: Path) -> Prepared:
         files.append(f"train-{index:05d}.bin")
         np.arange(start, stop, dtype="<u2").tofile(tmp_path / files[-1])
     train, none = Split(tuple(files), 100, 4), Split((), 0, 0)
-    return Prepared(tmp_path, tmp_path / "tokenizer.model", "t", 100, 0, "f", "uint16", train, none)
+    source = Source("s", tmp_path, tmp_path / "tokenizer.model", "t", 100, 0, "f", "uint16", train, none)
+    return Prepared((source,))
+
+
+def _with(prepared: Prepared, **changes: Any) -> Prepared:
+    return Prepared((replace(prepared.sources[0], **changes),))
 
 
 @pytest.fixture
 def store(prepared: Prepared) -> SampleStore:
-    return SampleStore(prepared, prepared.train, SEQ_LEN)
+    return SampleStore(prepared, "train", SEQ_LEN)
 
 
 def test_samples_are_consecutive_tokens_whatever_the_shards(store: SampleStore) -> None:
@@ -50,14 +56,14 @@ def test_labels_are_the_next_tokens_and_empty_rows_have_no_weight(store: SampleS
 
 def test_documents_are_numbered_within_a_sample_from_begin_tokens(prepared: Prepared) -> None:
     # Token 9 begins documents: sample 2 is 8 9 10 11, sample 3 begins in the middle of one.
-    masked = SampleStore(replace(prepared, bos_id=9), prepared.train, SEQ_LEN, document_mask=True)
+    masked = SampleStore(_with(prepared, bos_id=9), "train", SEQ_LEN, document_mask=True)
     batch = masked.batch([2, 3], 3)
     assert batch.documents is not None
     assert batch.documents.dtype == torch.int64
     assert batch.documents.tolist() == [[0, 1, 1, 1], [0] * SEQ_LEN, [0] * SEQ_LEN]
     # A sample that opens with the token holds no document 0; its last token, a label only, opens none.
     for first, bos, numbers in ((2, 8, [1, 1, 1, 1]), (2, 12, [0, 0, 0, 0]), (2, 11, [0, 0, 0, 1])):
-        store = SampleStore(replace(prepared, bos_id=bos), prepared.train, SEQ_LEN, document_mask=True)
+        store = SampleStore(_with(prepared, bos_id=bos), "train", SEQ_LEN, document_mask=True)
         documents = store.batch([first], 1).documents
         assert documents is not None
         assert documents.tolist() == [numbers]
@@ -65,9 +71,9 @@ def test_documents_are_numbered_within_a_sample_from_begin_tokens(prepared: Prep
 
 def test_every_begin_token_of_a_sample_starts_another_document(prepared: Prepared) -> None:
     tokens = [5, 7, 1, 7, 7, 2, 3, 4, 7]
-    np.asarray(tokens, dtype="<u2").tofile(prepared.folder / "few.bin")
+    np.asarray(tokens, dtype="<u2").tofile(prepared.sources[0].folder / "few.bin")
     split = Split(("few.bin",), len(tokens), 4)
-    batch = SampleStore(replace(prepared, bos_id=7), split, 8, document_mask=True).batch([0], 1)
+    batch = SampleStore(_with(prepared, bos_id=7, train=split), "train", 8, document_mask=True).batch([0], 1)
     assert batch.documents is not None
     assert batch.documents.tolist() == [[0, 1, 1, 2, 3, 3, 3, 3]]
 

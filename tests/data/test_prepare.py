@@ -18,7 +18,7 @@ import pytest
 from torchtitan_lite.config.schema import Data, Training
 from torchtitan_lite.data import prepare as module
 from torchtitan_lite.data import tokenizer as tokenizer_module
-from torchtitan_lite.data.prepare import Prepared, Split, prepare, require_samples
+from torchtitan_lite.data.prepare import Source, Split, prepare
 from torchtitan_lite.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from torchtitan_lite.errors import UserError
 
@@ -63,17 +63,18 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def _prepare(books: Path, cache: Path, model: str = "", fraction: float = 0.25, vocab_size: int = VOCAB) -> Prepared:
+def _prepare(books: Path, cache: Path, model: str = "", fraction: float = 0.25, vocab_size: int = VOCAB) -> Source:
     training = Training(dataset="text", dataset_path=str(books))
-    return prepare(training, Data(cache_folder=str(cache), validation_fraction=fraction), model, vocab_size)
+    data = Data(cache_folder=str(cache), validation_fraction=fraction)
+    return prepare(training, data, model, vocab_size).sources[0]
 
 
-def _tokens(prepared: Prepared, split: Split) -> list[int]:
+def _tokens(prepared: Source, split: Split) -> list[int]:
     dtype = np.dtype(prepared.dtype).newbyteorder("<")
     return [int(token) for name in split.files for token in np.fromfile(prepared.folder / name, dtype)]
 
 
-def _documents(prepared: Prepared, split: Split) -> list[str]:
+def _documents(prepared: Source, split: Split) -> list[str]:
     """The texts between begin and end tokens."""
     tokenizer, documents = load_tokenizer(prepared.tokenizer_path), []
     ids: list[int] = []
@@ -356,7 +357,7 @@ def _join(barrier: Any) -> None:
     _barrier = barrier
 
 
-def _prepare_at_once(books: Path, cache: Path) -> Prepared:
+def _prepare_at_once(books: Path, cache: Path) -> Source:
     _barrier.wait(timeout=60)
     return _prepare(books, cache)
 
@@ -406,7 +407,7 @@ def test_the_cache_folder_is_named_by_recipe_then_environment_then_home(
     training = Training(dataset="text", dataset_path=str(books))
 
     def folder(named: str = "") -> Path:
-        return prepare(training, Data(cache_folder=named), model, VOCAB).folder.parent
+        return prepare(training, Data(cache_folder=named), model, VOCAB).sources[0].folder.parent
 
     assert folder() == tmp_path / "home" / ".cache" / "torchtitan_lite"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -423,38 +424,6 @@ def test_a_cache_folder_that_cannot_be_made_is_named(books: Path, model: str, tm
         _prepare(books, tmp_path / "file" / "deep", model)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "seq_len", "samples"), [(0, 4, 0), (1, 4, 0), (4, 4, 0), (5, 4, 1), (8, 4, 1), (9, 4, 2), (10, 1, 9)]
-)
-def test_samples_share_their_last_token_with_the_next(tokens: int, seq_len: int, samples: int) -> None:
-    assert Split(("x",), tokens, 1).samples(seq_len) == samples
-
-
-def _of_size(train: int, held_out: int) -> Prepared:
-    parts = Split(("t",), train, 3), Split(("v",), held_out, 2)
-    return Prepared(Path("x"), Path("y"), "f", VOCAB, 1, "g", "uint16", *parts)
-
-
-def test_a_part_without_a_whole_sample_is_refused() -> None:
-    with pytest.raises(UserError) as raised:
-        require_samples(_of_size(16, 100), 16, validating=False)
-    assert str(raised.value) == (
-        "training.seq_len = 16: the training part of the corpus has 16 tokens and a sample needs 17; "
-        "use more text or a shorter seq_len"
-    )
-    with pytest.raises(UserError) as raised:
-        require_samples(_of_size(17, 16), 16, validating=True)
-    assert str(raised.value) == (
-        "validation.enable = true: the held-out part has 2 documents with 16 tokens and a sample needs 17; "
-        "raise data.validation_fraction or use more text"
-    )
-
-
-def test_parts_with_a_sample_pass_and_unused_ones_are_not_asked() -> None:
-    require_samples(_of_size(17, 17), 16, validating=True)
-    require_samples(_of_size(17, 0), 16, validating=False)
-
-
 def test_machines_with_other_cores_prepare_the_same_data(
     books: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -464,3 +433,31 @@ def test_machines_with_other_cores_prepare_the_same_data(
         prepared.append(_prepare(books, tmp_path / f"cache-{cores}"))
     assert prepared[0].tokenizer_fingerprint == prepared[1].tokenizer_fingerprint
     assert prepared[0].fingerprint == prepared[1].fingerprint
+
+
+def test_a_mixture_trains_its_tokenizer_on_all_sources_and_tokenises_each(
+    books: Path, cache: Path, tmp_path: Path, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = _write(tmp_path / "more", {"a.txt": "another " * 50, "b.txt": "source " * 60})
+    seen: list[str] = []
+
+    def train(documents: Any, vocab_size: int) -> bytes:
+        seen.extend(documents)
+        return train_tokenizer(seen, vocab_size)
+
+    monkeypatch.setattr(tokenizer_module, "train_tokenizer", train)
+    data = Data(cache_folder=str(cache), mixture_paths=[str(books), str(more)], mixture_weights=[2, 5])
+    mixed = prepare(Training(dataset="mixture"), data, "", VOCAB)
+    assert seen == [texts[name] for name in sorted(texts)] + ["another " * 50, "source " * 60]
+    assert mixed.weights == (2, 5)
+    assert [source.setting for source in mixed.sources] == ["data.mixture_paths[0]", "data.mixture_paths[1]"]
+    assert len({source.tokenizer_fingerprint for source in mixed.sources}) == 1
+    assert _folders(cache) == ["corpus", "corpus", "tokenizer"]
+    second = mixed.sources[1]
+    assert sorted(_documents(second, second.train) + _documents(second, second.validation)) == sorted(seen[-2:])
+    # Alone under that tokenizer it is the same cache.
+    data = Data(cache_folder=str(cache))
+    (alone,) = prepare(
+        Training(dataset="text", dataset_path=str(more)), data, str(second.tokenizer_path), VOCAB
+    ).sources
+    assert alone.folder == second.folder

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from torchtitan_lite.config.schema import Training
-from torchtitan_lite.data.sources import Corpus, find_corpus
+from torchtitan_lite.config.schema import Data, Training
+from torchtitan_lite.data.sources import Corpus, find_corpora
 from torchtitan_lite.errors import UserError
 
 
 def _find(path: Path | str) -> Corpus:
-    return find_corpus(Training(dataset="text", dataset_path=str(path)))
+    (corpus,) = find_corpora(Training(dataset="text", dataset_path=str(path)), Data())
+    return corpus
 
 
 def _write(folder: Path, files: dict[str, str]) -> Path:
@@ -144,11 +145,13 @@ def test_the_standard_library_is_its_source_files_without_tests(
         },
     )
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    assert find_corpus(Training()).names == ("json/decoder.py", "os.py")
+    (corpus,) = find_corpora(Training(), Data())
+    assert corpus.names == ("json/decoder.py", "os.py")
 
 
 def test_this_python_has_a_standard_library() -> None:
-    names = find_corpus(Training()).names
+    (corpus,) = find_corpora(Training(), Data())
+    names = corpus.names
     assert {"os.py", "json/decoder.py"} <= set(names)
     assert all(name.endswith(".py") for name in names)
     assert not any("/test/" in f"/{name}" or "site-packages" in name for name in names)
@@ -157,4 +160,37 @@ def test_this_python_has_a_standard_library() -> None:
 def test_a_standard_library_without_sources_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match=r'training\.dataset = "python_stdlib": no source files under '):
-        find_corpus(Training())
+        find_corpora(Training(), Data())
+
+
+def _mixed(*paths: Path | str) -> list[Corpus]:
+    return find_corpora(Training(dataset="mixture"), Data(mixture_paths=[str(path) for path in paths]))
+
+
+def test_a_mixture_has_a_corpus_for_each_path(books: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "more", {"one.txt": "1"})
+    first, second = _mixed(books, tmp_path / "more" / "one.txt")
+    alone = _find(books)
+    assert (first.names, first.signature) == (alone.names, alone.signature)
+    assert list(second.documents()) == [("one.txt", "1")]
+
+
+def test_a_source_of_a_mixture_is_named_by_its_place(books: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r'^data\.mixture_paths\[1\] = ".*nowhere": no such file or folder'):
+        _mixed(books, tmp_path / "nowhere")
+    _write(tmp_path / "more", {"one.txt": ""})
+    with pytest.raises(UserError, match=r'^data\.mixture_paths\[1\] = ".*more": all files are empty'):
+        _mixed(books, tmp_path / "more")
+    (tmp_path / "more" / "one.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"^data\.mixture_paths\[1\]: .*one\.txt is not UTF-8 at byte 3"):
+        list(_mixed(books, tmp_path / "more")[1].documents())
+
+
+def test_a_mixture_takes_no_path_twice(books: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(books)
+    for again in (books, f"{books}/", f"{books}/../{books.name}", tmp_path / "link"):
+        with pytest.raises(UserError) as raised:
+            _mixed(books, again)
+        assert str(raised.value) == (
+            f'data.mixture_paths[1] = "{again}" is data.mixture_paths[0] again; keep one, with the weights of both'
+        )

@@ -78,3 +78,19 @@ def _axes() -> dict[str, int]:
 
 def test_neighbouring_ranks_share_a_shard_group(pool: RankPool) -> None:
     assert pool.run(_axes, 4) == [{"dp_replicate": rank // 2, "dp_shard": rank % 2} for rank in range(4)]
+
+
+def _start_twice() -> float:
+    """The sum over ranks in the second start on one store, which the last rank comes late to."""
+    runtime.start(Comm(init_timeout_seconds=60), Debug())
+    dist.barrier()
+    runtime.stop()
+    time.sleep(int(os.environ["RANK"]))
+    runtime.start(Comm(init_timeout_seconds=60), Debug())
+    total = torch.ones(())
+    dist.all_reduce(total)
+    return total.item()
+
+
+def test_a_second_start_does_not_take_the_first_ones_addresses(pool: RankPool) -> None:
+    assert pool.run(_start_twice, 3, group=False) == [3.0, 3.0, 3.0]

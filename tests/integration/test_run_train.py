@@ -1,6 +1,7 @@
 """run_train.sh as a user calls it: golden losses, resuming, mistakes, signals."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,37 @@ def test_another_seed_or_model_does_not_resume_a_run(recipe: Path) -> None:
         assert run.returncode == 2
         assert message in run.stderr
         assert len(run.stderr.splitlines()) == 1
+
+
+def _without_privileges(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """run_train.sh as a user whom permissions bind: root's way around them is taken away."""
+    command = [str(ROOT / "run_train.sh"), *arguments]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("needs setpriv, or another user than root")
+        around = "-dac_override,-dac_read_search"
+        command = ["setpriv", f"--bounding-set={around}", f"--inh-caps={around}", *command]
+    return subprocess.run(
+        command, cwd=ROOT, env=_environment(NPROC="1"), capture_output=True, text=True, timeout=TIMEOUT_S
+    )
+
+
+@pytest.mark.parametrize(
+    "what", ["", "step-00000002", "step-00000002/manifest.json", "step-00000002/rank-00000.safetensors"]
+)
+def test_a_checkpoint_without_permission_is_named_and_left_alone(recipe: Path, tmp_path: Path, what: str) -> None:
+    assert _train(str(recipe), "--training.steps=2", NPROC="1").returncode == 0
+    path = tmp_path / "run" / "checkpoint" / what
+    path.chmod(0)
+    try:
+        run = _without_privileges(str(recipe), "--training.steps=2")
+    finally:
+        path.chmod(0o755)
+    assert run.returncode == 2, run.stderr
+    (line,) = run.stderr.splitlines()
+    assert f"{path}" in line
+    assert "permissions" in line
+    assert published_steps(tmp_path / "run" / "checkpoint") == [2]
 
 
 def _start(recipe: Path) -> "subprocess.Popen[str]":

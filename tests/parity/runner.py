@@ -198,13 +198,16 @@ def _trained(recipe: str, arguments: list[str], steps: int) -> tuple[Any, ...]:
     import torch.distributed as dist
 
     from torchtitan_lite.distributed import runtime
+    from torchtitan_lite.elastic.watchdog import Watchdog
     from torchtitan_lite.observability.sinks import RunLog
     from torchtitan_lite.preflight import plan_job, prepare_job
     from torchtitan_lite.trainer import Trainer
 
     plan = plan_job(recipe, arguments, dist.get_world_size())
     here = runtime.Runtime(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "CPU")
-    trainer = Trainer(plan, prepare_job(plan), here, RunLog(plan.folder, writes=False))
+    log = RunLog(plan.folder, writes=False)
+    asleep = Watchdog(plan.config.comm, plan.folder, here, log.event)
+    trainer = Trainer(plan, prepare_job(plan), here, log, asleep)
     grads: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:

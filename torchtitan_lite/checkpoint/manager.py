@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from torchtitan_lite.checkpoint import storage
-from torchtitan_lite.checkpoint.saver import Saver
+from torchtitan_lite.checkpoint.saver import BESIDE, Saver
 from torchtitan_lite.checkpoint.shards import Stored, is_written_here, part_of
 from torchtitan_lite.checkpoint.storage import Damaged
 from torchtitan_lite.config.schema import Checkpoint
@@ -57,6 +57,8 @@ class CheckpointManager:
 
     record: what a manifest says beside progress and files: identity (what may not change on a resume), mesh, versions.
     first_peer: the first of the ranks that hold the same layers as this one. event: writes a line of events.jsonl.
+    equal: tensors beside model and optimizer that are the same on every rank; a checkpoint without them leaves them as
+    they are.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class CheckpointManager:
         record: Mapping[str, Any],
         first_peer: int,
         event: Callable[..., None],
+        equal: Mapping[str, Tensor],
     ) -> None:
         self._section, self._folder, self._event = section, folder, event
-        self._model, self._optimizer, self._first_peer = model, optimizer, first_peer
+        self._model, self._optimizer, self._first_peer, self._equal = model, optimizer, first_peer, equal
         self._device = next(parameter.device.type for _, parameter in model.named_parameters())
         self._record = {**record, "world_size": dist.get_world_size(), "device": self._device}
         # Of its own: a rank's disk may be slower than the others' by more than a step may take.
@@ -88,10 +91,10 @@ class CheckpointManager:
         own = {
             name: part_of(tensor)
             for name, tensor in tensors.items()
-            if name.startswith("rng.") or is_written_here(name, tensor, self._first_peer)
+            if name.startswith("rng.") or is_written_here(name, tensor, 0 if name in self._equal else self._first_peer)
         }
         # What the stage's first rank knows of all its ranks' tensors: see Saver.
-        whole = sum(t.numel() for name, t in tensors.items() if not name.startswith("rng."))
+        whole = sum(t.numel() for name, t in tensors.items() if not name.startswith(BESIDE))
         own = {name: part for name, part in own.items() if part.local.numel()}
         contents = {**vars(progress), "holds": "model" if model_only else "all", **self._record}
         self.saver.save(progress.step, own, contents, whole if dist.get_rank() == self._first_peer else 0)
@@ -102,10 +105,9 @@ class CheckpointManager:
         A bad one is named, recorded and renamed, and the one before it is taken. Raises UserError where
         checkpoint.strict or `step` asks for that very one, or where none is good.
         """
-        if dist.get_rank() == 0:
-            for name in storage.take_away_left_overs(self._folder):
-                logger.warning("removed %s, which a save or a removal that was cut short had left", self._folder / name)
-                self._event("left over", 0, path=str(self._folder / name))
+        for name in self._on_first_rank(lambda: storage.take_away_left_overs(self._folder)) or []:
+            logger.warning("removed %s, which a save or a removal that was cut short had left", self._folder / name)
+            self._event("left over", 0, path=str(self._folder / name))
         steps = self._from_first_rank(storage.published_steps(self._folder))
         candidates = [step] if step != -1 else steps[::-1]
         for candidate in candidates:
@@ -136,12 +138,16 @@ class CheckpointManager:
         if not section.initial_load_model_only:
             kept = tuple(key for key in _IDENTITY if "dataloader" not in section.exclude_from_loading or key in kept)
         try:
-            return self._load(folder, kept, model_only=section.initial_load_model_only)
+            excluded = (*section.exclude_from_loading, "faults")
+            return self._load(folder, kept, model_only=section.initial_load_model_only, excluded=excluded)
         except Damaged as damage:
             raise UserError(f"checkpoint.initial_load_path: {damage}; choose another checkpoint") from None
 
-    def _load(self, folder: Path, kept: Sequence[str], *, model_only: bool = False) -> Loaded:
-        """Verify on all ranks, then read; kept: sections of the identity that must be this run's.
+    def _load(
+        self, folder: Path, kept: Sequence[str], *, model_only: bool = False, excluded: Sequence[str] = ()
+    ) -> Loaded:
+        """Verify on all ranks, then read; kept: sections of the identity that must be this run's. excluded: groups of
+        tensors that are not read, `optimizer` or `faults`.
 
         Raises Damaged, or UserError where it is good and of something else, on all ranks alike.
         """
@@ -150,7 +156,7 @@ class CheckpointManager:
         _require_same(folder, manifest, self._record["identity"], kept, model_only=model_only)
         stored = self._agreed(lambda: Stored(folder, sorted(manifest["files"])))
         self._require_no_more(folder, stored)
-        self._agreed(lambda: self._read(stored, manifest, model_only))
+        self._agreed(lambda: self._read(stored, manifest, model_only, excluded))
         progress = Progress(**{field.name: manifest[field.name] for field in fields(Progress)})
         return Loaded(progress, manifest["world_size"], manifest["global_batch_size"], folder)
 
@@ -162,12 +168,14 @@ class CheckpointManager:
         if more := sorted(set(stored.names("model.")).difference(*all_names)):
             raise UserError(f"{folder}: its model has {more[0]}, and this one has not; choose another checkpoint")
 
-    def _read(self, stored: Stored, manifest: Mapping[str, Any], model_only: bool) -> None:
-        excluded = self._section.exclude_from_loading
+    def _read(self, stored: Stored, manifest: Mapping[str, Any], model_only: bool, excluded: Sequence[str]) -> None:
         if not model_only and "optimizer" not in excluded:
             self._make_state(stored)
         for name, tensor in self._tensors(model_only=model_only).items():
-            if name.startswith("rng.") or (name.startswith("optimizer.") and "optimizer" in excluded):
+            if name.startswith("rng.") or name.partition(".")[0] in excluded:
+                continue
+            if name in self._equal and not stored.names(name):
+                logger.info("the checkpoint has no %s, it was saved with that turned off: from new", name)
                 continue
             stored.read_into(name, part_of(tensor))
         if model_only:
@@ -202,15 +210,27 @@ class CheckpointManager:
         for name, parameter in self._model.named_parameters():
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
-        return tensors | _rng_state()
+        return {**tensors, **self._equal, **_rng_state()}
 
     def _set_aside(self, steps: Sequence[int], suffix: str, event: str, why: str) -> None:
-        if dist.get_rank() == 0:
-            for step in steps:
-                aside = storage.set_aside(storage.step_folder(self._folder, step), suffix)
+        for step in steps:
+            folder = storage.step_folder(self._folder, step)
+            if aside := self._on_first_rank(lambda: storage.set_aside(folder, suffix)):  # noqa: B023  # called here
                 self._event(event, step, why=why, path=str(aside))
                 logger.warning("%s: %s; renamed to %s", event, why, aside.name)
-        dist.barrier(self.group)
+
+    def _on_first_rank(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns, None on the other ranks; raises UserError on all where the disk does not let it."""
+
+        def attempt() -> Any:
+            try:
+                return work() if dist.get_rank() == 0 else None
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename}: {error.strerror}; a run tidies its checkpoints: mend the disk or permissions"
+                ) from None
+
+        return self._agreed(attempt)
 
     def _agreed(self, attempt: Callable[[], Any]) -> Any:
         """The result of `attempt`; raises on every rank what it raised on the first rank where it did. Collective."""

@@ -15,6 +15,9 @@ from torch import Tensor
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.checkpoint.shards import Part, write_parts
 
+# Tensors beside those of the model and its optimizer, by how their names begin: in nobody's count of a whole.
+BESIDE = ("rng.", "faults.")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -34,7 +37,8 @@ class Saver:
     """Saves of one run, one at a time.
 
     mode: checkpoint.async_mode. While one is written in the background, training goes on with tensors that change:
-    it works on a copy. group: all ranks, for nothing else, with time enough for the slowest disk.
+    it works on a copy, in memory that is kept for the next one: making that would take longer than the copy. group:
+    all ranks, for nothing else, with time enough for the slowest disk.
     """
 
     def __init__(self, folder: Path, mode: str, keep_latest_k: int, group: dist.ProcessGroup) -> None:
@@ -69,8 +73,6 @@ class Saver:
         """Wait for the save in flight and say how it went."""
         assert self._flying is not None
         outcome, self._flying = self._flying.result(), None
-        if self._mode != "async_with_pinned_mem":
-            self._staged = {}
         return outcome
 
     def close(self) -> None:
@@ -110,6 +112,9 @@ class Saver:
             reports: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(reports, (error, report), group=self._group)
             error = next((error for error, _ in reports if error), None)
+            if error is None:
+                expected, found = (sum(report[key] for _, report in reports) for key in ("whole", "numbers"))
+                assert expected == found, f"ranks wrote {found} numbers of {expected}"
             if error is None and self._first:
                 error = self._error_of(lambda: self._publish(staging, final, contents, [r for _, r in reports]))
             error = self._shared(error)
@@ -123,8 +128,6 @@ class Saver:
         return dist.get_rank() == 0
 
     def _publish(self, staging: Path, final: Path, contents: Mapping[str, Any], reports: list[dict[str, Any]]) -> None:
-        expected, found = (sum(report[key] for report in reports) for key in ("whole", "numbers"))
-        assert expected == found, f"ranks wrote {found} numbers of {expected}"
         files = {name: entry for report in reports for name, entry in report["files"].items()}
         for name, entry in files.items():
             if not (staging / name).is_file() or (staging / name).stat().st_size != entry["bytes"]:
@@ -159,5 +162,5 @@ def _write_own(staging: Path, parts: Mapping[str, Part], whole: int) -> dict[str
         return {"whole": whole, "numbers": 0, "files": {}}
     name = storage.file_of(dist.get_rank())
     entry = write_parts(staging / name, parts)
-    numbers = sum(part.local.numel() for name, part in parts.items() if not name.startswith("rng."))
+    numbers = sum(part.local.numel() for name, part in parts.items() if not name.startswith(BESIDE))
     return {"whole": whole, "numbers": numbers, "files": {name: entry}}

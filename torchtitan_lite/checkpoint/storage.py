@@ -64,11 +64,17 @@ def stage_of(name: str) -> tuple[int, str] | None:
 
 
 def published_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints that exist in `folder`, ascending; none where the folder is missing."""
-    if not folder.is_dir():
-        return []
-    matches = (_FINAL.fullmatch(entry.name) for entry in folder.iterdir())
-    return sorted(int(match[1]) for match in matches if match and (folder / match[0] / MANIFEST).is_file())
+    """Steps of the checkpoints that exist in `folder`, ascending; none where the folder is missing.
+
+    The name alone counts: one that has lost its manifest is bad, not absent.
+    """
+    try:
+        if not folder.is_dir():
+            return []
+        matches = (_FINAL.fullmatch(entry.name) for entry in folder.iterdir())
+        return sorted(int(match[1]) for match in matches if match and (folder / match[0]).is_dir())
+    except PermissionError as error:
+        raise _not_permitted(error) from None
 
 
 def find_checkpoint(path: str) -> Path:
@@ -96,7 +102,7 @@ def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
     manifest.write_text(json.dumps({**contents, "sha256": sha256(text.encode()).hexdigest()}, indent=1))
     _sync(manifest)
     _sync(staging)
-    if final.exists():  # of an attempt that this one supersedes, or without a manifest
+    if final.exists():  # of an attempt that this one supersedes
         set_aside(final, "superseded")
     staging.rename(final)
     _sync(final.parent)
@@ -118,6 +124,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise Damaged(f"{path}: is no plain file")
         text = path.read_text(encoding="utf-8")
+    except PermissionError as error:
+        raise _not_permitted(error) from None
     except OSError as error:
         raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -220,12 +228,19 @@ def _damage(path: Path, listed: Mapping[str, Any], on_read: Callable[[int], obje
             while count := handle.readinto(block):
                 digest.update(block[:count])
                 on_read(count)
+    except PermissionError as error:
+        raise _not_permitted(error) from None
     except FileNotFoundError:
         return f"{path}: {expected}, found no such file"
     except OSError as error:
         return f"{path}: {expected}, cannot be read: {error.strerror}"
     found = digest.hexdigest()
     return None if found == listed["xxh3_128"] else f"{path}: {expected}, found XXH3 {found[:12]}..."
+
+
+def _not_permitted(error: PermissionError) -> UserError:
+    """What may not be read is not bad: it is neither renamed nor passed over."""
+    return UserError(f"{error.filename}: cannot be read: {error.strerror}; change its permissions")
 
 
 def _require_plain_files(path: Path, files: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ else:
 _NOT_YET_SECTIONS = {"activation_checkpoint", "profiling", "quantize", "fault_tolerance", "experimental"}
 _NOT_YET_KEYS = {
     "checkpoint": "enable_first_step_checkpoint export_dtype initial_load_in_hf last_save_in_hf load_only",
-    "comm": "mode save_traces_folder trace_buf_size",
+    "comm": "mode",
     "job": "print_config save_config_file custom_config_module",
     "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
     "model": "converters hf_assets_path print_after_conversion",

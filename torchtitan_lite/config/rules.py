@@ -9,19 +9,57 @@ from pathlib import PurePath
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.errors import UserError
 
+LARGEST_WINDOW = 10_000  # samples of a mixture; each window is dealt out as a whole, here in a tenth of a second
+
 
 def text_dataset_needs_a_path(config: JobConfig) -> None:
     if config.training.dataset == "text" and not config.training.dataset_path:
         raise UserError('training.dataset = "text" needs training.dataset_path: a file or a folder of UTF-8 files')
 
 
-def stdlib_dataset_takes_no_path(config: JobConfig) -> None:
+def only_a_text_dataset_takes_a_path(config: JobConfig) -> None:
     training = config.training
-    if training.dataset == "python_stdlib" and training.dataset_path:
+    if training.dataset != "text" and training.dataset_path:
+        instead = "name it in data.mixture_paths" if training.dataset == "mixture" else 'set training.dataset = "text"'
         raise UserError(
-            f'training.dataset_path = "{training.dataset_path}" has no effect with training.dataset = "python_stdlib"; '
-            'set training.dataset = "text" or remove the path'
+            f'training.dataset_path = "{training.dataset_path}" has no effect with training.dataset = '
+            f'"{training.dataset}"; {instead} or remove the path'
         )
+
+
+def a_mixture_weighs_several_paths(config: JobConfig) -> None:
+    paths, weights = config.data.mixture_paths, config.data.mixture_weights
+    if config.training.dataset != "mixture":
+        return
+    if len(paths) < 2:
+        raise UserError(
+            f'training.dataset = "mixture" needs two data.mixture_paths or more, and {paths} has {len(paths)}; one '
+            'source is training.dataset = "text"'
+        )
+    if len(weights) != len(paths):
+        raise UserError(
+            f"data.mixture_weights = {weights}: {len(weights)} for {len(paths)} data.mixture_paths; give each path one"
+        )
+    if min(weights) < 1:
+        raise UserError(
+            f"data.mixture_weights = {weights}: each must be at least 1; leave out the path that has {min(weights)}"
+        )
+    if sum(weights) > LARGEST_WINDOW:
+        raise UserError(
+            f"data.mixture_weights = {weights}: their sum, {sum(weights)}, must be at most {LARGEST_WINDOW}; give "
+            "smaller ones in the same proportions"
+        )
+
+
+def only_a_mixture_takes_mixture_keys(config: JobConfig) -> None:
+    if config.training.dataset == "mixture":
+        return
+    for key in ("mixture_paths", "mixture_weights"):
+        if value := getattr(config.data, key):
+            raise UserError(
+                f'data.{key} = {value} has no effect with training.dataset = "{config.training.dataset}"; set it to '
+                '"mixture" or remove the key'
+            )
 
 
 def outside_spec_takes_no_name(config: JobConfig) -> None:
@@ -121,9 +159,37 @@ def one_step_to_start_from(config: JobConfig) -> None:
         )
 
 
+def spikes_are_skipped_with_what_is_no_number(config: JobConfig) -> None:
+    section = config.faults
+    for key in ("loss_spike_sigmas", "grad_norm_spike_sigmas"):
+        if getattr(section, key) and not section.skip_nonfinite:
+            raise UserError(
+                f"faults.{key} = {getattr(section, key)} skips spikes, and faults.skip_nonfinite = false would let "
+                "pass what is beyond any limit; set it to true or the limit to 0"
+            )
+
+
+def rolling_back_needs_checkpoints(config: JobConfig) -> None:
+    if config.faults.then == "roll_back" and not config.checkpoint.enable:
+        raise UserError('faults.then = "roll_back" goes back to a checkpoint: set checkpoint.enable = true, or "stop"')
+
+
+def replay_needs_determinism(config: JobConfig) -> None:
+    debug, steps = config.debug, config.training.steps
+    if debug.replay_steps and not debug.deterministic:
+        raise UserError(
+            f"debug.replay_steps = {debug.replay_steps} compares bits, which only debug.deterministic = true repeats; "
+            "set it, or replay no step"
+        )
+    if wrong := [step for step in debug.replay_steps if not 1 <= step <= steps]:
+        raise UserError(f"debug.replay_steps names step {wrong[0]}, and training.steps = {steps}; valid: 1 to {steps}")
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
-    stdlib_dataset_takes_no_path,
+    only_a_text_dataset_takes_a_path,
+    a_mixture_weighs_several_paths,
+    only_a_mixture_takes_mixture_keys,
     outside_spec_takes_no_name,
     schedule_covers_the_run,
     validation_needs_a_held_out_part,
@@ -134,4 +200,7 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     experts_are_not_split,
     excluding_needs_something_to_load,
     one_step_to_start_from,
+    spikes_are_skipped_with_what_is_no_number,
+    rolling_back_needs_checkpoints,
+    replay_needs_determinism,
 )

@@ -5,34 +5,13 @@ its documentation: docs/configuration.md is made from it.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-_WEEK_S = 7 * 24 * 3600
-
-
-def setting(
-    default: Any,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    auto: int | None = None,
-    infinite: bool | None = None,
-) -> Any:
-    """A field with bounds: `minimum` and `maximum` inclusive, `above` and `below` exclusive, `auto` exempt from all.
-
-    infinite: whether inf is a value; elsewhere it is refused.
-    """
-    bounds = {
-        "minimum": minimum,
-        "maximum": maximum,
-        "above": above,
-        "below": below,
-        "auto": auto,
-        "infinite": infinite,
-    }
-    return field(default=default, metadata={name: value for name, value in bounds.items() if value is not None})
+from torchtitan_lite.config.running import Checkpoint as Checkpoint
+from torchtitan_lite.config.running import Comm as Comm
+from torchtitan_lite.config.running import Elastic as Elastic
+from torchtitan_lite.config.running import Faults as Faults
+from torchtitan_lite.config.setting import setting
 
 
 @dataclass(frozen=True)
@@ -68,9 +47,9 @@ class Model:
 class Training:
     """Data, batch, length and precision of the run."""
 
-    dataset: Literal["python_stdlib", "text"] = "python_stdlib"
+    dataset: Literal["python_stdlib", "text", "mixture"] = "python_stdlib"
     """`python_stdlib`: the source files of the Python that runs this. `text`: every UTF-8 file under
-    `dataset_path`, a document each."""
+    `dataset_path`, a document each. `mixture`: several of those, data.mixture_paths."""
 
     dataset_path: str = ""
     """A file or folder for dataset `text`."""
@@ -257,61 +236,6 @@ class LRScheduler:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """Saving and resuming."""
-
-    enable: bool = False
-    """Save every `interval` steps and at the end, and resume from the latest good checkpoint on start."""
-
-    folder: str = "checkpoint"
-    """Folder of checkpoints inside the run folder."""
-
-    interval: int = setting(500, minimum=1)
-    """Steps between checkpoints."""
-
-    interval_minutes: float = setting(-1.0, above=0.0, auto=-1)
-    """Also save where so many minutes have passed since the last one, by the first rank's clock. -1: by steps only."""
-
-    keep_latest_k: int = setting(10, minimum=0)
-    """Complete checkpoints to keep; 0 keeps all. Bad ones do not count, and the last one that a run can be resumed from
-    stays."""
-
-    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
-    """`async`: training waits for a copy to host memory only, and a thread writes it. `async_with_pinned_mem`: the copy
-    is kept for the next save, in pinned memory where there is CUDA."""
-
-    strict: bool = False
-    """Stop at a bad checkpoint instead of going back to the one before it."""
-
-    load_step: int = setting(-1, minimum=0, auto=-1)
-    """Resume from the checkpoint of this step; later ones are renamed. -1: from the latest. What torchrun restarts goes
-    on from the latest."""
-
-    initial_load_path: str = ""
-    """A checkpoint, or a folder of some, that a new run takes its first weights from; no effect once it has checkpoints
-    of its own."""
-
-    initial_load_model_only: bool = True
-    """Take the model's tensors alone from `initial_load_path`; else optimizer, step and data position too."""
-
-    exclude_from_loading: list[Literal["optimizer", "dataloader", "train_state"]] = field(default_factory=list)
-    """What not to take from `initial_load_path`: `optimizer`, `dataloader` (the data position), `train_state` (step and
-    tokens seen)."""
-
-    last_save_model_only: bool = False
-    """Save the model's tensors alone after the last step; such a run cannot be continued from there."""
-
-
-@dataclass(frozen=True)
-class Elastic:
-    """Leaving when told to."""
-
-    grace_seconds: int = setting(30, minimum=1)
-    """Time that ranks have, once told to stop, to reach the end of a step, save and leave; torchrun kills them after
-    it."""
-
-
-@dataclass(frozen=True)
 class Validation:
     """Loss on the part of the corpus that is held out of training."""
 
@@ -326,7 +250,7 @@ class Validation:
 
     steps: int = setting(-1, minimum=1, auto=-1)
     """Batches of training.global_batch_size samples per validation, the same on every mesh. -1: the whole held-out
-    part."""
+    part; of a mixture, until its first source has no more."""
 
 
 @dataclass(frozen=True)
@@ -347,17 +271,6 @@ class Metrics:
 
 
 @dataclass(frozen=True)
-class Comm:
-    """Time-outs of collectives."""
-
-    init_timeout_seconds: int = setting(300, minimum=1, maximum=_WEEK_S)
-    """From the start to the end of the first step."""
-
-    train_timeout_seconds: int = setting(100, minimum=1, maximum=_WEEK_S)
-    """After the first step."""
-
-
-@dataclass(frozen=True)
 class Data:
     """Preparation of the corpus."""
 
@@ -367,6 +280,13 @@ class Data:
 
     document_mask: bool = False
     """Tokens attend to their own document only; else to all before them in the sample."""
+
+    mixture_paths: list[str] = field(default_factory=list)
+    """Sources of dataset `mixture`, each a file or folder as in training.dataset_path, with epochs of its own."""
+
+    mixture_weights: list[int] = field(default_factory=list)
+    """Samples of each source among every sum-of-weights in a row, exactly: [3, 1] is three of the first to one of
+    the second."""
 
     validation_fraction: float = setting(0.02, minimum=0.0, maximum=0.5)
     """Part of the documents that is held out for validation, chosen by a hash of each document's name."""
@@ -393,6 +313,10 @@ class Debug:
     deterministic: bool = False
     """Deterministic kernels only; an operation without one raises."""
 
+    replay_steps: list[int] = field(default_factory=list)
+    """Steps whose forward and backward run twice, with room for the gradients twice; where their bits differ the run
+    ends and names the rank. Needs `deterministic`."""
+
     moe_force_load_balance: bool = False
     """Send tokens to experts in turn, for a benchmark's even load; their scores weigh the experts all the same."""
 
@@ -410,6 +334,7 @@ class JobConfig:
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     elastic: Elastic = field(default_factory=Elastic)
+    faults: Faults = field(default_factory=Faults)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)

@@ -9,7 +9,7 @@ from hashlib import blake2b
 _ROUNDS = 4
 
 
-def sample_at(position: int, samples: int, seed: int) -> int:
+def sample_at(position: int, samples: int, seed: int | str) -> int:
     """Id of the sample at `position` (0, 1, ... over all epochs) of a corpus of `samples` samples."""
     epoch, index = divmod(position, samples)
     return permute(index, samples, f"{seed}/{epoch}")

@@ -23,7 +23,7 @@ from typing import Any
 
 from torchtitan_lite.config.loading import user_path
 from torchtitan_lite.config.schema import Data, Training
-from torchtitan_lite.data.sources import Corpus, find_corpus
+from torchtitan_lite.data.sources import Corpus, find_corpora
 from torchtitan_lite.errors import UserError
 
 _FORMAT = 2  # raise it when what preparation writes changes; caches of another format are left alone
@@ -48,13 +48,14 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Source:
     """A tokenised corpus on disk.
 
-    fingerprint: of all tokens and the tokenizer; equal fingerprints are equal data.
-    dtype: numpy name of the tokens' type. bos_id: the token that every document begins with.
+    setting: the key of the recipe that names it. fingerprint: of all tokens and the tokenizer; equal fingerprints are
+    equal data. dtype: numpy name of the tokens' type. bos_id: the token that every document begins with.
     """
 
+    setting: str
     folder: Path
     tokenizer_path: Path
     tokenizer_fingerprint: str
@@ -66,52 +67,87 @@ class Prepared:
     validation: Split
 
 
-def prepare(training: Training, data: Data, tokenizer_path: str, vocab_size: int) -> Prepared:
-    """Find the corpus, train or load the tokenizer, tokenise; each at most once, then read from the cache.
+@dataclass(frozen=True)
+class Prepared:
+    """What a run reads: one source, or a mixture of several under one tokenizer.
 
-    vocab_size: the model's; a trained tokenizer has as many pieces, up to LARGEST_TRAINED_VOCABULARY.
+    weights: samples of each source in a window of the order (see mixture); (1,) for one source.
+    """
+
+    sources: tuple[Source, ...]
+    weights: tuple[int, ...] = (1,)
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.sources[0].tokenizer_path
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.sources[0].tokenizer_fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the sources in their order; of one source it is that source's."""
+        if len(self.sources) == 1:
+            return self.sources[0].fingerprint
+        return sha256("\0".join(source.fingerprint for source in self.sources).encode()).hexdigest()
+
+    def tokens(self) -> tuple[int, int]:
+        """Training and held-out tokens, of all sources together."""
+        return sum(s.train.tokens for s in self.sources), sum(s.validation.tokens for s in self.sources)
+
+
+def prepare(training: Training, data: Data, tokenizer_path: str, vocab_size: int) -> Prepared:
+    """Find the corpora, train or load the tokenizer, tokenise; each at most once, then read from the cache.
+
+    vocab_size: the model's; a trained tokenizer has as many pieces, up to LARGEST_TRAINED_VOCABULARY. A mixture's is
+    trained on all documents of its sources. Each source has a cache of its own, whatever it is mixed with.
     Processes that want the same cache at once wait for the one that makes it. Raises UserError.
     """
     cache = _cache_folder(data)
-    corpus = find_corpus(training)
+    corpora = find_corpora(training, data)
     if tokenizer_path:
         model = user_path(tokenizer_path, "model.tokenizer_path")
     else:
-        model = _trained_tokenizer(cache, corpus, min(vocab_size, LARGEST_TRAINED_VOCABULARY))
+        model = _trained_tokenizer(cache, corpora, min(vocab_size, LARGEST_TRAINED_VOCABULARY))
     try:
         model_bytes = model.read_bytes()
     except OSError as error:
         raise UserError(f'model.tokenizer_path = "{model}": cannot be read: {error.strerror}') from None
     fingerprint = sha256(model_bytes).hexdigest()
-    key = _key("corpus", corpus.signature, fingerprint, str(data.validation_fraction))
-    folder = _published(
-        cache,
-        f"corpus-{key}",
-        "prepared.json",
-        lambda folder: _tokenise(folder, corpus, model, data.validation_fraction),
-    )
-    prepared = _read(folder, model)
-    if prepared.vocab_size > vocab_size:
-        raise UserError(
-            f'model.tokenizer_path = "{model}" has {prepared.vocab_size} pieces, the model a vocabulary of '
-            f"{vocab_size}; choose a flavor that holds them or another tokenizer"
-        )
-    return prepared
+    sources = []
+    for corpus in corpora:
+        key = _key("corpus", corpus.signature, fingerprint, str(data.validation_fraction))
+        make = partial(_tokenise, corpus=corpus, model=model, validation_fraction=data.validation_fraction)
+        source = _read(_published(cache, f"corpus-{key}", "prepared.json", make), corpus.setting, model)
+        if source.vocab_size > vocab_size:
+            raise UserError(
+                f'model.tokenizer_path = "{model}" has {source.vocab_size} pieces, the model a vocabulary of '
+                f"{vocab_size}; choose a flavor that holds them or another tokenizer"
+            )
+        sources.append(source)
+    return Prepared(tuple(sources), tuple(data.mixture_weights) or (1,))
 
 
 def require_samples(prepared: Prepared, seq_len: int, validating: bool) -> None:
-    """Raise UserError where a part of the corpus that the run needs does not hold one sample."""
-    train, held_out = prepared.train, prepared.validation
-    if not train.samples(seq_len):
-        raise UserError(
-            f"training.seq_len = {seq_len}: the training part of the corpus has {train.tokens} tokens and a sample "
-            f"needs {seq_len + 1}; use more text or a shorter seq_len"
-        )
-    if validating and not held_out.samples(seq_len):
-        raise UserError(
-            f"validation.enable = true: the held-out part has {held_out.documents} documents with {held_out.tokens} "
-            f"tokens and a sample needs {seq_len + 1}; raise data.validation_fraction or use more text"
-        )
+    """Raise UserError where a part of a source that the run needs does not hold one sample."""
+    for source in prepared.sources:
+        train, held_out = source.train, source.validation
+        mixed = len(prepared.sources) > 1
+        if not train.samples(seq_len):
+            mend = "use more text or a shorter seq_len"
+            if not train.documents:  # a source of one file, as it happens
+                mend = "all its documents are held out: set data.validation_fraction = 0 or split them into more"
+            raise UserError(
+                f"training.seq_len = {seq_len}: the training part of {source.setting if mixed else 'the corpus'} has "
+                f"{train.tokens} tokens and a sample needs {seq_len + 1}; {mend}"
+            )
+        if validating and not held_out.samples(seq_len):
+            raise UserError(
+                f"validation.enable = true: the held-out part{f' of {source.setting}' if mixed else ''} has "
+                f"{held_out.documents} documents with {held_out.tokens} tokens and a sample needs {seq_len + 1}; raise "
+                "data.validation_fraction or use more text"
+            )
 
 
 def _cache_folder(data: Data) -> Path:
@@ -133,15 +169,17 @@ def _key(*parts: str) -> str:
     return blake2b("\0".join((str(_FORMAT), *parts)).encode(), digest_size=8).hexdigest()
 
 
-def _trained_tokenizer(cache: Path, corpus: Corpus, vocab_size: int) -> Path:
+def _trained_tokenizer(cache: Path, corpora: list[Corpus], vocab_size: int) -> Path:
     def make(folder: Path) -> None:
         from torchtitan_lite.data.tokenizer import train_tokenizer
 
-        logger.info("training a tokenizer of %d pieces on %d documents", vocab_size, len(corpus.names))
-        model = train_tokenizer((text for _, text in corpus.documents()), vocab_size)
+        documents = sum(len(corpus.names) for corpus in corpora)
+        logger.info("training a tokenizer of %d pieces on %d documents", vocab_size, documents)
+        model = train_tokenizer((text for corpus in corpora for _, text in corpus.documents()), vocab_size)
         (folder / "tokenizer.model").write_bytes(model)
 
-    folder = _published(cache, f"tokenizer-{_key(corpus.signature, str(vocab_size))}", "tokenizer.model", make)
+    key = _key(*(corpus.signature for corpus in corpora), str(vocab_size))
+    folder = _published(cache, f"tokenizer-{key}", "tokenizer.model", make)
     return folder / "tokenizer.model"
 
 
@@ -260,9 +298,9 @@ class _ShardWriter:
         self._room = _SHARD_TOKENS
 
 
-def _read(folder: Path, tokenizer_path: Path) -> Prepared:
+def _read(folder: Path, setting: str, tokenizer_path: Path) -> Source:
     summary = json.loads((folder / "prepared.json").read_text())
     for name in ("train", "validation"):
         part = summary[name]
         summary[name] = Split(tuple(part["files"]), part["tokens"], part["documents"])
-    return Prepared(folder=folder, tokenizer_path=tokenizer_path, **summary)
+    return Source(setting=setting, folder=folder, tokenizer_path=tokenizer_path, **summary)

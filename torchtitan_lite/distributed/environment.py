@@ -6,11 +6,11 @@ from pathlib import Path
 from torchtitan_lite.errors import UserError
 
 
-def count_from(variable: str, default: int) -> int:
-    """A whole number of at least 1 from the environment; `default` where the variable is unset or empty."""
+def count_from(variable: str, default: int, least: int = 1) -> int:
+    """A whole number of at least `least` from the environment; `default` where the variable is unset or empty."""
     text = os.environ.get(variable) or str(default)
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise UserError(f"{variable}={text}: expected a whole number of at least 1")
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        raise UserError(f"{variable}={text}: expected a whole number of at least {least}")
     return int(text)
 
 

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ import torch.distributed as dist
 
 from torchtitan_lite.config.schema import Comm, Debug
 from torchtitan_lite.distributed.environment import cores, count_from, environment_ranks
+from torchtitan_lite.distributed.job_store import fresh_store
 from torchtitan_lite.errors import UserError
+
+# Collectives wait so much longer than the watchdog, which says more of a hang than the error that they raise.
+AFTER_THE_WATCHDOG_S = 15
+RECORDED = "collectives_rank_"  # and the rank: what the flight recorder has
 
 
 @dataclass(frozen=True)
@@ -29,14 +35,28 @@ def start(comm: Comm, debug: Debug) -> Runtime:
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     _make_deterministic(debug, device)
     torch.set_num_threads(count_from("OMP_NUM_THREADS", cores()))
-    timeout = timedelta(seconds=comm.init_timeout_seconds)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(_backend(device), timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+    timeout = timedelta(seconds=comm.init_timeout_seconds + AFTER_THE_WATCHDOG_S)
+    store = fresh_store(rank, world_size, timeout) if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Runtime(rank, world_size, device, name)
+
+
+def record_collectives(comm: Comm, folder: Path) -> None:
+    """Have torch's flight recorder keep the last collectives, from the next process group on."""
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(comm.trace_buf_size)
+    # NCCL finds by itself a collective that hangs on the device while the host goes on.
+    os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] = str(int(comm.trace_buf_size > 0))
+    os.environ["TORCH_FR_DUMP_TEMP_FILE"] = str(folder / RECORDED)
+
+
+def recorded_collectives() -> bytes | None:
+    """What the flight recorder keeps: with NCCL as torchfrtrace reads it, with gloo as JSON; None where it is off."""
+    if os.environ.get("TORCH_FR_BUFFER_SIZE", "0") == "0":
+        return None
+    # torchfrtrace cannot read what gloo leaves (torch 2.13): it names no process groups.
+    name = "_dump_fr_trace_json" if dist.get_backend() == "gloo" else "_dump_nccl_trace"
+    return bytes(getattr(torch._C._distributed_c10d, name)())
 
 
 def tighten_timeouts(seconds: int, patient: dist.ProcessGroup) -> None:

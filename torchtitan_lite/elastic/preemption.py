@@ -12,6 +12,8 @@ from typing import Any
 _SAME_CTRL_C_S = 1.0
 # torchrun starts ranks anew that end with any code but 0.
 RESTART = 75
+# Agents look for nodes that wait to join ten times a second; each then stops its own ranks.
+AGENTS_NOTICE_S = 5.0
 
 
 class StopSignals:
@@ -25,6 +27,7 @@ class StopSignals:
         self._grace_s = grace_s
         self._since = 0.0
         self._before: dict[int, Any] = {}
+        self._timer: threading.Timer | None = None
         self.received = 0
 
     def hold(self, *numbers: int) -> None:
@@ -33,10 +36,12 @@ class StopSignals:
             self._before[number] = signal.signal(number, self._note)
 
     def release(self) -> None:
-        """Give signals their usual effect again, where no save could follow."""
+        """Give signals their usual effect again, and all time: no save could follow any more."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received:
@@ -44,9 +49,9 @@ class StopSignals:
                 os._exit(128 + number)
             return
         self.received, self._since = number, time.monotonic()
-        timer = threading.Timer(self._grace_s, self._give_up)
-        timer.daemon = True
-        timer.start()
+        self._timer = threading.Timer(self._grace_s, self._give_up)
+        self._timer.daemon = True
+        self._timer.start()
 
     def _give_up(self) -> None:
         print(
@@ -58,7 +63,6 @@ class StopSignals:
         os._exit(128 + self.received)
 
 
-def restarts_left() -> bool:
-    """Whether torchrun would start this rank anew if it failed: then others can go on without one that has to leave."""
-    most, so_far = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    return most > so_far
+def may_restart() -> bool:
+    """Whether torchrun starts ranks anew: then the others can go on without one that has to leave."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
