@@ -77,8 +77,9 @@ class Run:
         record = {"mesh": {"dp_shard": ranks}, "global_batch_size": 8, "identity": {"model": {"name": "benchmark"}}}
         section = Checkpoint(enable=True, async_mode=mode, keep_latest_k=0)  # type: ignore[arg-type]
         self.folder, self.step = folder, 0
-        told = (record, 0, lambda *_, **__: None, {})
-        self.manager = CheckpointManager(section, folder, self.model, self.optimizer, *told)
+        self.manager = CheckpointManager(
+            section, folder, self.model, self.optimizer, record, 0, lambda *_, **__: None, {}
+        )
 
     def make_moments(self) -> None:
         for parameter in self.model.parameters():

@@ -5,6 +5,7 @@ ranks' results in order. A process starts once, imports torch once, and serves e
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import signal
@@ -184,6 +185,8 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], group: bool, timeo
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        # Training turns the collector off, and what a run leaves keeps the threads of its process groups.
+        gc.collect()
         # A start that failed has counted: its rank would meet the others of the next run under another name.
         dist.distributed_c10d._world.group_count = 0
         _forget_meshes()

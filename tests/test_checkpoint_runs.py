@@ -381,3 +381,16 @@ def test_an_error_waits_for_the_save_in_flight(pool: RankPool, recipe: Path, tmp
     assert ends == ["a defect"] * 2
     assert _names(tmp_path / "run") == ["step-00000004"]
     assert storage.verified(_checkpoint(tmp_path / "run", 4)) == []
+
+
+def test_what_a_new_run_left_out_it_keeps_of_its_own(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    """exclude_from_loading is about initial_load_path, not about the run's own checkpoints."""
+    _run(pool, 1, recipe, tmp_path / "before", "--training.steps=4")
+    settings = (
+        f"--checkpoint.initial_load_path={_checkpoint(tmp_path / 'before', 4)}",
+        "--checkpoint.initial_load_model_only=false",
+        '--checkpoint.exclude_from_loading=["optimizer", "train_state"]',
+    )
+    whole = _run(pool, 2, recipe, tmp_path / "whole", *settings, "--training.steps=6")
+    _run(pool, 2, recipe, tmp_path / "parts", *settings, "--training.steps=3")
+    assert _losses(_run(pool, 2, recipe, tmp_path / "parts", *settings, "--training.steps=6")) == _losses(whole)

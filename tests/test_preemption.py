@@ -37,13 +37,15 @@ def recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:
 
 @contextmanager
 def _signalled(moment: str, number: int, told: int) -> Iterator[None]:
-    """Send this process a signal when it comes to a moment for the second time, if its rank is `told`."""
+    """Send this process a signal when it comes to a moment for the second time, if its rank is `told`; in the first
+    step, which compiles, the first time."""
     from torchtitan_lite.checkpoint import saver
     from torchtitan_lite.data.loader import SampleStore, TrainLoader
     from torchtitan_lite.trainer import Trainer
 
     owner, name = {
         "data": (TrainLoader, "next_step"),
+        "first step": (Trainer, "step"),
         "step": (Trainer, "step"),
         "validation": (SampleStore, "held_out_id"),
         "save": (saver, "write_parts"),
@@ -52,7 +54,7 @@ def _signalled(moment: str, number: int, told: int) -> Iterator[None]:
     usual, calls = getattr(owner, name), iter(range(1, 10_000))
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
-        if int(os.environ["RANK"]) == told and next(calls) == 2:
+        if int(os.environ["RANK"]) == told and next(calls) == 1 + (moment != "first step"):
             os.kill(os.getpid(), number)
         if moment == "save":
             time.sleep(0.2)  # still being written when the step is over
@@ -74,6 +76,7 @@ def _train_until_told(moment: str, number: int, told: int, restarts: int, recipe
 
 MOMENTS = [
     ("data", signal.SIGTERM, "disabled"),
+    ("first step", signal.SIGTERM, "disabled"),
     ("step", signal.SIGUSR1, "async"),
     ("validation", signal.SIGTERM, "disabled"),
     ("save", signal.SIGTERM, "disabled"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torchtitan_lite
+from torchtitan_lite.errors import UserError
 from torchtitan_lite.preflight import JobPlan
 from torchtitan_lite.strict_json import strict_dumps
 
@@ -52,8 +53,14 @@ def manifest_record(plan: JobPlan, identity: dict[str, Any]) -> dict[str, Any]:
 def write_stopped(folder: Path, **how: Any) -> None:
     """Mark that a run ended as a signal asked it to, nothing lost: step, signal, saved (its checkpoint's step)."""
     temporary = folder / f"{STOPPED}.partial"
-    temporary.write_text(strict_dumps({**how, "time": time.time()}, indent=1))
-    temporary.rename(folder / STOPPED)
+    try:
+        temporary.write_text(strict_dumps({**how, "time": time.time()}, indent=1))
+        temporary.rename(folder / STOPPED)
+    except OSError as error:
+        raise UserError(
+            f"{folder / STOPPED}: cannot be written: {error.strerror}; the step is saved all the same: make room or "
+            "mend the folder, and start again"
+        ) from None
 
 
 def read_stopped(folder: Path) -> dict[str, Any] | None:

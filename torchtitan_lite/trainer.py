@@ -283,7 +283,7 @@ class Trainer:
         Raises UserError where it is to stop instead (see why_stop); the last good state is then saved.
         """
         assert self.guard is not None
-        with self.clock.paused():
+        with self.clock.paused(), self.watchdog.paused("rolling back"):
             row = self._too_many_skipped(newest_too=True) or row
             if self.checkpoints.saver.in_flight:
                 self._take_note()

@@ -47,7 +47,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory, corpus: Path, cache: Path) -
     folder = tmp_path_factory.mktemp("chain")
     recipe = _recipe(folder, corpus, cache, checkpoint={"enable": True, "interval": 3})
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, f"--max-restarts={len(HANGS)}", "--monitor-interval=0.1", SCRIPT, ",".join(HANGS)]
+    settings = [f"--max-restarts={len(HANGS)}", "--monitor-interval=0.1", "--shutdown-timeout=3"]
+    command = [*torchrun, *settings, SCRIPT, ",".join(HANGS)]
     done = _finished([*command, str(recipe)], 150)
     reports = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     return Chain(folder / "run", done.returncode, reports, read_lines(folder / "run" / "events.jsonl"))

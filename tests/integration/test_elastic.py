@@ -51,6 +51,7 @@ def endpoint() -> Iterator[str]:
 def _node(recipe: Path, folder: Path, endpoint: str, name: str, **variables: str) -> "subprocess.Popen[bytes]":
     """One of one or two nodes, each with one rank; its output in a log of its own."""
     settings = {"NPROC": "1", "NNODES": "1:2", "RDZV_ENDPOINT": endpoint, "OMP_NUM_THREADS": "1", **variables}
+    settings["RDZV_CONF"] = "keep_alive_interval=1,last_call_timeout=3"  # a test need not wait for slow nodes
     return launch(recipe, folder, log=folder.with_name(f"{name}.log"), **settings)
 
 

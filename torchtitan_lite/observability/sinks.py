@@ -41,7 +41,9 @@ class RunLog:
         if self.writes:
             try:
                 with (self._folder / name).open("ab", buffering=0) as handle:
-                    handle.write((strict_dumps(record) + "\n").encode())
+                    left = memoryview((strict_dumps(record) + "\n").encode())
+                    while left:  # one write, unless the disk is about to be full
+                        left = left[handle.write(left) :]
             except OSError as error:
                 raise UserError(
                     f"{self._folder / name}: cannot be written: {error.strerror}; make room or mend the folder, and "
