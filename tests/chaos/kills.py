@@ -178,8 +178,10 @@ def compared(tally: Tally, folder: Path, undisturbed: Path) -> Tally:
     tally.repeated_steps = len(read_lines(folder / "metrics.jsonl")) - len(last_lines(folder / "metrics.jsonl"))
     if last_lines(folder / "samples.jsonl") != last_lines(undisturbed / "samples.jsonl"):
         tally.faults.append("other samples than the undisturbed run")
-    pairs = zip(last_lines(folder / "metrics.jsonl"), last_lines(undisturbed / "metrics.jsonl"), strict=True)
-    for line, expected in pairs:
+    found, whole = (last_lines(run / "metrics.jsonl") for run in (folder, undisturbed))
+    if len(found) != len(whole):
+        tally.faults.append(f"ended at step {len(found)} of {len(whole)}")
+    for line, expected in zip(found, whole, strict=False):
         if line["step"] != expected["step"] or abs(line["loss"] - expected["loss"]) > 1e-5:
             tally.faults.append(f"step {line['step']}: loss {line['loss']} for {expected['loss']}")
     return tally

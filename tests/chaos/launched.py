@@ -52,6 +52,13 @@ def workers_of(launcher: int) -> list[int]:
     return sorted(found)
 
 
+def _is_rank(process: int) -> bool:
+    try:
+        return b"torchtitan_lite.train" in Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False  # it has ended
+
+
 def _kill(victim: str, launcher: int, choose: random.Random) -> None:
     workers = workers_of(launcher)
     doomed = {"a worker": workers and [choose.choice(workers)], "all workers": workers, "the agent": [launcher]}[victim]
@@ -71,11 +78,13 @@ def campaign(kills: int, recipe: Path, folder: Path, undisturbed: Path, seed: in
         process = launch(recipe, folder, *overrides, MAX_RESTARTS="0")
         if wait_until(lambda: len(workers_of(process.pid)) == 2 or process.poll() is not None, 60):  # noqa: B023
             time.sleep(choose.uniform(0.0, 9.0))
+        workers = workers_of(process.pid)
         if process.poll() is None:
             _kill(victim, process.pid, choose)
             tally.kills += 1
         process.wait(_TIMEOUT_S)
-        wait_until(lambda: not workers_of(process.pid), 20)  # noqa: B023
+        # Ranks whose agent is gone are told to leave, and may be saving.
+        wait_until(lambda: not any(map(_is_rank, workers)), 30)  # noqa: B023
         tally.resumed += _resumed_from(folder, before)
         tally.faults += [f"{victim}: {line}" for line in is_bad(folder)]
         if process.returncode == 0 and tally.kills < kills:
