@@ -27,7 +27,7 @@ from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.run_record import read_stopped
-from torchtitan_lite.train import already_finished
+from torchtitan_lite.train import LAUNCHER, already_finished
 
 DEFAULT_RECIPE = Path(__file__).parent.parent / "train_configs" / "llama3_debug.toml"
 
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     if not nodes.fixed:
         # Else torch 2.13's agents keep the first world's store, whose address a node that joins later never learns.
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    os.environ[LAUNCHER] = str(os.getpid())
     # Ranks that cannot leave in time say so themselves, a moment before they are killed.
     patience = plan.config.elastic.grace_seconds + 2
     command = [f"--nnodes={nodes}", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *rendezvous]

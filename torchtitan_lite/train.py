@@ -23,6 +23,8 @@ from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.strict_json import flat
 
+LAUNCHER = "TORCHTITAN_LITE_LAUNCHER"  # the variable with its process id
+
 logger = logging.getLogger("torchtitan_lite")
 
 
@@ -142,8 +144,11 @@ def _die_with_the_launcher() -> None:
     rendezvous that the rank is in.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = int(os.environ.get(LAUNCHER, os.getppid()))
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != launcher:  # killed before: the signal would never come
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -285,6 +285,14 @@ def test_ranks_go_with_a_launcher_that_is_killed(recipe: Path) -> None:
     _rest_of_output(process, within=10)
 
 
+def test_a_rank_whose_launcher_is_gone_before_it_starts_does_not_start(recipe: Path) -> None:
+    """It would hold the run folder while it looks for a store that is gone too."""
+    gone = {"TORCHELASTIC_RUN_ID": "none", "TORCHTITAN_LITE_LAUNCHER": "1"}
+    command = [sys.executable, "-m", "torchtitan_lite.train", str(recipe)]
+    run = subprocess.run(command, cwd=ROOT, env=_environment(**gone), capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", "")
+
+
 def test_a_run_folder_takes_one_run_at_a_time(recipe: Path) -> None:
     process = _start(recipe)
     try:
