@@ -143,8 +143,11 @@ class RankPool:
 
     def _stacks(self, worker: _Worker) -> str:
         os.kill(worker.process.pid or 0, signal.SIGUSR1)
-        time.sleep(0.3)  # it answers from a signal handler, there is nothing to wait on
-        return worker.stacks.read_text() if worker.stacks.exists() else "(no answer)"
+        for _ in range(50):  # it answers from a signal handler, there is nothing to wait on
+            time.sleep(0.1)
+            if worker.stacks.exists() and (told := worker.stacks.read_text()):
+                return told
+        return "(no answer)"
 
 
 def _serve(connection: Connection, stacks: str) -> None:
@@ -154,7 +157,6 @@ def _serve(connection: Connection, stacks: str) -> None:
     # Ctrl-C is the parent's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     handle = Path(stacks).open("w")  # noqa: SIM115  # open as long as the process lives
-    faulthandler.register(signal.SIGUSR1, file=handle, all_threads=True)
     torch.set_num_threads(1)
     connection.send("ready")
     while True:
@@ -163,6 +165,9 @@ def _serve(connection: Connection, stacks: str) -> None:
         except EOFError:
             sys.exit(0)
         os.environ.update(environment)
+        # Each time: a run holds this signal too, and leaves it with Python's handler.
+        faulthandler.unregister(signal.SIGUSR1)
+        faulthandler.register(signal.SIGUSR1, file=handle, all_threads=True)
         try:
             connection.send((None, _run(function, args, group, timeout)))
         except BaseException as error:

@@ -39,6 +39,15 @@ def _mount(*arguments: str) -> None:
         raise CannotMount(done.stderr.strip())
 
 
+def _remounted(how: str, disk: str) -> bool:
+    """Whether it could be: it cannot while a file is being written."""
+    try:
+        _mount("-o", f"remount,{how}", disk)
+    except CannotMount:
+        return False
+    return True
+
+
 def full_checkpoint_disk(pool: RankPool, recipe: Path, folder: Path, undisturbed: Path) -> list[str]:
     """The disk of the checkpoints has room for a few of them, and later less: what is wrong with what the run does."""
 
@@ -56,8 +65,8 @@ def read_only_checkpoints(pool: RankPool, recipe: Path, folder: Path, undisturbe
         recipe,
         folder,
         undisturbed,
-        lambda: _mount("-o", "remount,ro", disk),
-        lambda: _mount("-o", "remount,rw", disk),
+        lambda: wait_until(lambda: _remounted("ro", disk), 20),
+        lambda: wait_until(lambda: _remounted("rw", disk), 20),
         "Read-only file system",
     )
 
