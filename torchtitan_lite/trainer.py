@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -350,8 +349,7 @@ class Trainer:
             clear_stopped(self.plan.folder)
         if section.enable:
             # What torchrun starts again goes on from where it was, not from the step that the user chose once.
-            again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-            before = self.checkpoints.resume(-1 if again else section.load_step)
+            before = self.checkpoints.resume(-1 if runtime.is_restart() else section.load_step)
         if before is not None:
             self.progress, self.saved = before.progress, before.progress.step
             self._went_on_from(before, "resume", "resumed from")

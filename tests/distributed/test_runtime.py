@@ -94,3 +94,16 @@ def _start_twice() -> float:
 
 def test_a_second_start_does_not_take_the_first_ones_addresses(pool: RankPool) -> None:
     assert pool.run(_start_twice, 3, group=False) == [3.0, 3.0, 3.0]
+
+
+def _restarted(counts: list[str]) -> bool:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = counts[dist.get_rank()]
+    try:
+        return runtime.is_restart()
+    finally:
+        del os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+
+def test_ranks_agree_on_a_restart_whatever_their_agents_have_counted(pool: RankPool) -> None:
+    assert pool.run(_restarted, 2, ["0", "1"]) == [True, True]
+    assert pool.run(_restarted, 2, ["0", "0"]) == [False, False]

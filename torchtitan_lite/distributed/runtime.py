@@ -73,6 +73,16 @@ def from_first_rank(value: Any) -> Any:
     return shared[0]
 
 
+def is_restart() -> bool:
+    """Whether torchrun has started any rank before in this launch; the same on every rank, collective.
+
+    The counts are the agents' own, and agents that joined later have lower ones.
+    """
+    count = torch.tensor(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    dist.all_reduce(count, dist.ReduceOp.MAX)
+    return count.item() > 0
+
+
 def require_equal_on_all_ranks(settings: dict[str, Any]) -> None:
     """Raise UserError on every rank where one has another value of a setting; collective.
 
