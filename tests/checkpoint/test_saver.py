@@ -126,3 +126,16 @@ def _save_less_than_all(folder: str) -> str:
 def test_a_save_that_misses_a_part_is_no_checkpoint(pool: RankPool, tmp_path: Path) -> None:
     assert pool.run(_save_less_than_all, 2, str(tmp_path)) == ["ranks wrote 4 numbers of 8"] * 2
     assert storage.published_steps(tmp_path) == []
+
+
+def _save_where_none_can_be_removed(folder: str) -> list[str | None]:
+    from unittest.mock import patch
+
+    saver = Saver(Path(folder), "disabled", 1, dist.group.WORLD)  # type: ignore[arg-type]
+    with patch.object(storage, "prune", side_effect=PermissionError(1, "Operation not permitted")):
+        return [_save(saver, step, _parts(4, 1.0)).error for step in (1, 2)]
+
+
+def test_what_cannot_be_removed_does_not_fail_the_save(pool: RankPool, tmp_path: Path) -> None:
+    assert pool.run(_save_where_none_can_be_removed, 2, str(tmp_path)) == [[None, None]] * 2
+    assert storage.published_steps(tmp_path) == [1, 2]

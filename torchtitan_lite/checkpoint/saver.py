@@ -1,5 +1,6 @@
 """Write checkpoints, beside training where asked to: a copy of a rank's tensors, its file, the manifest, the rename."""
 
+import logging
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.checkpoint.shards import Part, write_parts
+from torchtitan_lite.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Tensors beside those of the model and its optimizer, by how their names begin: in nobody's count of a whole.
 BESIDE = ("rng.", "faults.")
@@ -120,6 +124,8 @@ class Saver:
             error = self._shared(error)
         if error is not None and self._first:
             shutil.rmtree(staging, ignore_errors=True)
+        if error is None and self._first:
+            self._prune()
         seconds = time.perf_counter() - started
         return Outcome(step, final, error, seconds, seconds if stalled is None else stalled)
 
@@ -133,7 +139,13 @@ class Saver:
             if not (staging / name).is_file() or (staging / name).stat().st_size != entry["bytes"]:
                 raise OSError(f"rank 0 does not see {staging / name}; the nodes must share the run folder")
         storage.publish(staging, final, {**contents, "files": files})
-        storage.prune(self._folder, self._keep)
+
+    def _prune(self) -> None:
+        """Older checkpoints that cannot be removed are no failure of the one that is there."""
+        try:
+            storage.prune(self._folder, self._keep)
+        except (OSError, UserError) as error:
+            logger.warning("%s: older checkpoints could not be removed: %s", self._folder, error)
 
     def _shared(self, error: str | None) -> str | None:
         """The first rank's error, on every rank."""
