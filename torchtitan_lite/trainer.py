@@ -25,7 +25,7 @@ from torchtitan_lite.elastic.faults import Guard, Skipped, pass_over, step_unles
 from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSignals, may_restart
 from torchtitan_lite.elastic.replay import run_twice
 from torchtitan_lite.elastic.watchdog import Watchdog
-from torchtitan_lite.errors import UserError
+from torchtitan_lite.errors import Corruption, UserError
 from torchtitan_lite.observability.hardware import peak_tflops
 from torchtitan_lite.observability.memory import peak_memory_gib
 from torchtitan_lite.observability.metrics import StepClock, console_line
@@ -342,14 +342,18 @@ class Trainer:
         return RESTART
 
     def _resume(self) -> None:
-        section, before = self.config.checkpoint, None
+        section, before, again = self.config.checkpoint, None, runtime.is_restart()
+        ended = self.log.of_attempt_before("stopped by faults", "silent corruption")
+        # torchrun starts whatever fails: what was to stop would go on behind the fault.
+        if again and (ended := runtime.from_first_rank(ended)) is not None:
+            raise (UserError if ended["event"] == "stopped by faults" else Corruption)(ended["why"])
         latest = self.checkpoints.latest() if section.enable else None
         self.log.event("start", latest or 0, world_size=self.here.world_size, mesh=str(self.plan.dims))
         if self.log.writes:
             clear_stopped(self.plan.folder)
         if section.enable:
             # What torchrun starts again goes on from where it was, not from the step that the user chose once.
-            before = self.checkpoints.resume(-1 if runtime.is_restart() else section.load_step)
+            before = self.checkpoints.resume(-1 if again else section.load_step)
         if before is not None:
             self.progress, self.saved = before.progress, before.progress.step
             self._went_on_from(before, "resume", "resumed from")

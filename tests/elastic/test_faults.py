@@ -341,3 +341,21 @@ def test_a_replay_of_sound_steps_changes_nothing(pool: RankPool, recipe: Path, t
     runs = [[[line.get(key) for key in exact] for line in lines] for lines in (plain, replayed)]
     assert runs[0] == runs[1]
     assert _equal(_state(tmp_path / "replayed", 4), _state(tmp_path / "plain", 4))
+
+
+def _told_after_a_restart(recipe: str, *overrides: str) -> tuple[int, str]:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    try:
+        return _train_and_tell(recipe, *overrides)
+    finally:
+        del os.environ["TORCHELASTIC_RESTART_COUNT"]
+
+
+def test_a_run_that_faults_have_stopped_is_not_started_again_by_torchrun(
+    pool: RankPool, recipe: Path, tmp_path: Path
+) -> None:
+    arguments = (str(recipe), f"--job.dump_folder={tmp_path / 'run'}", "--faults.max_in_a_row=1")
+    ends = pool.run(_tell_poisoned, 2, [4, 5, 6], math.nan, 1, *arguments, group=False)
+    again = pool.run(_told_after_a_restart, 2, *arguments, group=False)
+    assert again == ends, "the same line, the same code"
+    assert _run(pool, 2, recipe, tmp_path / "run")[-1]["step"] == STEPS, "a start by hand goes on"

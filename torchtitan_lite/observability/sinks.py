@@ -24,7 +24,9 @@ class RunLog:
         if writes:
             for name in LINE_FILES:
                 _drop_cut_line(folder / name)
-        self.attempt = 1 + sum(event["event"] == "start" for event in read_lines(folder / "events.jsonl"))
+        events = read_lines(folder / "events.jsonl")
+        self.attempt = 1 + sum(event["event"] == "start" for event in events)
+        self._before = [event for event in events if event.get("attempt") == self.attempt - 1]
 
     def metrics(self, record: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {**record, "attempt": self.attempt})
@@ -33,6 +35,10 @@ class RunLog:
         self._append(
             "events.jsonl", {"event": event, "time": time.time(), "step": step, "attempt": self.attempt, **details}
         )
+
+    def of_attempt_before(self, *names: str) -> dict[str, Any] | None:
+        """The first event of the attempt before this one that has one of these names."""
+        return next((event for event in self._before if event["event"] in names), None)
 
     def samples(self, step: int, ids: list[int]) -> None:
         self._append("samples.jsonl", {"step": step, "ids": ids})
