@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.checkpoint.reading import flip_a_bit, last_lines, whole_tensors
+from tests.checkpoint.reading import events, flip_a_bit, last_lines, whole_tensors
 from tests.ranks import RankPool
 from tests.test_trainer import _run as _train_all
 from tests.test_trainer import _train
@@ -35,10 +35,6 @@ def _run(pool: RankPool, ranks: int, recipe: Path, folder: Path, *overrides: str
     """Train, and return the last line of each step."""
     _train_all(pool, ranks, recipe, folder, *overrides)
     return last_lines(folder / "metrics.jsonl")
-
-
-def _events(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(folder / "events.jsonl") if line["event"] == name]
 
 
 def _checkpoint(folder: Path, step: int) -> Path:
@@ -78,12 +74,12 @@ def test_a_bad_checkpoint_is_named_and_the_one_before_it_taken(pool: RankPool, r
     lines = _run(pool, 2, recipe, folder)
     assert _losses(lines) == pytest.approx(_losses(whole), rel=1e-6)
     assert last_lines(folder / "samples.jsonl") == read_lines(tmp_path / "whole" / "samples.jsonl")
-    (bad,) = _events(folder, "bad checkpoint")
+    (bad,) = events(folder, "bad checkpoint")
     assert bad["step"] == 8
     assert bad["path"] == str(folder / "checkpoint" / "step-00000008.bad")
     assert "step-00000008/rank-00002.safetensors: expected" in bad["why"]
     assert "found XXH3" in bad["why"]
-    assert [event["step"] for event in _events(folder, "resume")] == [4]
+    assert [event["step"] for event in events(folder, "resume")] == [4]
     assert _names(folder) == ["step-00000004", "step-00000008", "step-00000008.bad", "step-00000012"]
 
 
@@ -130,7 +126,7 @@ def test_load_step_goes_back_and_keeps_what_was_later_aside(pool: RankPool, reci
         "step-00000012",
         "step-00000012.superseded",
     ]
-    assert [event["step"] for event in _events(folder, "superseded checkpoint")] == [8, 12]
+    assert [event["step"] for event in events(folder, "superseded checkpoint")] == [8, 12]
 
 
 @pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem"])
@@ -144,7 +140,7 @@ def test_background_saves_hold_the_step_they_are_of(pool: RankPool, recipe: Path
         found, expected = (whole_tensors(_checkpoint(tmp_path / name, step)) for name in ("beside", "plain"))
         assert set(found) == set(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected), step
-    assert [event["step"] for event in _events(tmp_path / "beside", "checkpoint")] == list(range(1, 13))
+    assert [event["step"] for event in events(tmp_path / "beside", "checkpoint")] == list(range(1, 13))
 
 
 def _train_with_a_full_disk(fails: list[int], recipe: str, *overrides: str) -> tuple[int, str]:
@@ -172,8 +168,8 @@ def test_a_save_that_fails_is_told_and_tried_again(pool: RankPool, recipe: Path,
     arguments = (f"--job.dump_folder={folder}", f"--checkpoint.async_mode={mode}")
     ends = pool.run(_train_with_a_full_disk, 2, [1, 2], str(recipe), *arguments, group=False)
     assert ends == [(0, "")] * 2
-    failed = _events(folder, "checkpoint failed")
-    saved = [event["step"] for event in _events(folder, "checkpoint")]
+    failed = events(folder, "checkpoint failed")
+    saved = [event["step"] for event in events(folder, "checkpoint")]
     assert len(failed) == 2
     assert all("rank-00001.safetensors: No space left on device" in event["error"] for event in failed)
     if mode == "disabled":
@@ -205,7 +201,7 @@ def test_left_overs_of_a_killed_save_are_told_and_removed(pool: RankPool, recipe
     _run(pool, 2, recipe, folder, "--training.steps=4")
     shutil.copytree(_checkpoint(folder, 4), folder / "checkpoint" / ".step-00000008.partial")
     _run(pool, 2, recipe, folder, "--training.steps=5")
-    (event,) = _events(folder, "left over")
+    (event,) = events(folder, "left over")
     assert event["path"].endswith(".step-00000008.partial")
     assert _names(folder) == ["step-00000004", "step-00000005"]
 
@@ -221,7 +217,7 @@ def test_a_last_save_of_the_model_alone_is_not_resumed_and_says_why(
     assert "checkpoint.load_step" in line
     assert _names(folder) == ["step-00000004", "step-00000008", "step-00000012"], "nothing was renamed"
     _run(pool, 2, recipe, folder, "--training.steps=14", "--checkpoint.load_step=8")
-    assert [event["step"] for event in _events(folder, "resume")] == [8]
+    assert [event["step"] for event in events(folder, "resume")] == [8]
 
 
 def test_a_new_run_starts_from_another_ones_tensors(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
@@ -231,12 +227,12 @@ def test_a_new_run_starts_from_another_ones_tensors(pool: RankPool, recipe: Path
     _run(pool, 3, recipe, tmp_path / "second", path, *still)
     first, second = (whole_tensors(_checkpoint(tmp_path / n, step)) for n, step in (("first", 12), ("second", 1)))
     assert all(torch.equal(second[name], value) for name, value in first.items())
-    (event,) = _events(tmp_path / "second", "initial load")
+    (event,) = events(tmp_path / "second", "initial load")
     assert event["checkpoint"] == str(_checkpoint(tmp_path / "first", 12))
     # Once it has checkpoints of its own it goes on from those.
     shutil.rmtree(tmp_path / "first")
     _run(pool, 2, recipe, tmp_path / "second", path, "--training.steps=3")
-    assert [event["step"] for event in _events(tmp_path / "second", "resume")] == [1]
+    assert [event["step"] for event in events(tmp_path / "second", "resume")] == [1]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +273,11 @@ def test_a_new_run_takes_from_another_what_it_does_not_exclude(
 
 
 REFUSALS = {
+    "nothing left to do": (["--training.steps=4"], "step-00000004 is at step 4, and training.steps is 4; raise it"),
+    "another model, its samples from the start": (
+        ["--model.flavor=tied", '--checkpoint.exclude_from_loading=["dataloader"]'],
+        "and this run has",
+    ),
     "another model": (["--model.flavor=tied"], "and this run has"),
     "another sample length": (["--training.seq_len=16"], "was saved with training.seq_len = 32, and this run has 16"),
     "another seed": (["--debug.seed=7"], "was saved with debug.seed = 42, and this run has 7"),
@@ -332,7 +333,7 @@ def test_a_chain_of_world_sizes_takes_the_same_samples_to_the_same_losses(
         lines = _run(pool, ranks, recipe, chain, *batch[:2], f"--training.steps={3 * link}")
     assert last_lines(chain / "samples.jsonl") == read_lines(tmp_path / "whole" / "samples.jsonl")
     assert [line["loss"] for line in lines] == pytest.approx(_losses(whole), abs=1e-5)
-    assert [event["step"] for event in _events(chain, "resume")] == [3, 6, 6, 9, 12]
+    assert [event["step"] for event in events(chain, "resume")] == [3, 6, 6, 9, 12]
 
 
 def _dies_in_a_step(recipe: str, *overrides: str) -> str:

@@ -1,29 +1,14 @@
 """Whole runs on a mixture: the same samples and losses on any number of ranks, resizes in between included."""
 
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.corpus import write_corpus
 from tests.ranks import RankPool
+from tests.test_trainer import _run
 from tests.tiny import write_recipe
 from torchtitan_lite.observability.sinks import read_lines
-
-
-def _train(recipe: str, *overrides: str) -> int:
-    os.environ["LOG_RANK"] = "0"
-    from torchtitan_lite import train
-
-    return train.main([recipe, *overrides])
-
-
-def _run(pool: RankPool, ranks: int, recipe: Path, folder: Path, *overrides: str) -> list[dict[str, Any]]:
-    """Train, and return the lines of metrics.jsonl."""
-    codes = pool.run(_train, ranks, str(recipe), f"--job.dump_folder={folder}", *overrides, group=False)
-    assert codes == [0] * ranks
-    return read_lines(folder / "metrics.jsonl")
 
 
 def _ids(folder: Path) -> list[list[int]]:

@@ -108,12 +108,14 @@ def _require_sizes(recipe: Path, overrides: Sequence[str], nodes: Nodes, ranks: 
         logger.warning("warning   %s", line)
 
 
-def _what_is_kept(plan: JobPlan) -> str:
+def _stopped_by(number: signal.Signals, plan: JobPlan) -> int:
+    """Say what is kept; return the exit code, as a shell has it."""
     steps = published_steps(plan.checkpoint_folder)
     begin = f"resumes from step {steps[-1]}" if steps else "begins anew, there is no checkpoint yet"
     stopped = read_stopped(plan.folder)
     at_step = f" at step {stopped['step']}" if stopped else ""
-    return f"{at_step}; the next start {begin}"
+    print(f"stopped by {number.name}{at_step}; the next start {begin}", file=sys.stderr)
+    return 128 + number
 
 
 def split_recipe(arguments: Sequence[str]) -> tuple[Path, list[str]]:
@@ -141,8 +143,7 @@ def _torchrun(command: list[str], plan: JobPlan) -> int:
     try:
         run.main(command)
     except SignalException as stopped:
-        print(f"stopped by {stopped.sigval.name}{_what_is_kept(plan)}", file=sys.stderr)
-        return 128 + int(stopped.sigval)
+        return _stopped_by(stopped.sigval, plan)
     except RendezvousError as error:
         mend = f"; RDZV_ID={rendezvous_id()} is over there, choose another" if isinstance(error, Closed) else ""
         print(f"error: the nodes did not meet: {' '.join(str(error).split())}{mend}", file=sys.stderr)
@@ -156,6 +157,8 @@ def _torchrun(command: list[str], plan: JobPlan) -> int:
         how = signal.Signals(-first.exitcode).name if first.exitcode < 0 else f"exit code {first.exitcode}"
         print(f"error: rank {rank} failed first, with {how}; what it printed stands above", file=sys.stderr)
         return 1
+    if (told := read_stopped(plan.folder)) is not None:  # the ranks were, and not this launcher
+        return _stopped_by(signal.Signals[told["signal"]], plan)
     return 0
 
 

@@ -3,11 +3,12 @@
 Rules of the recipe alone stand in config/rules.py. No torch.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, floor, gcd, lcm, log10
+from typing import Any
 
-from torchtitan_lite.config.schema import Checkpoint, Faults, JobConfig
+from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.distributed.plans import ParallelPlan, capacity
@@ -167,85 +168,68 @@ RULES: tuple[Callable[[Case], None], ...] = (
 )
 
 
+_Needs = tuple[tuple[object, str, str], ...]  # what makes keys count, why they do not else, the keys
+
+
 def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
     """Keys that a recipe changes and that do nothing on its mesh or its model, each with the reason.
 
     experts: whether the model has some.
     """
-    parallelism, defaults = config.parallelism, type(config.parallelism)()
-    needs: Iterable[tuple[str, Iterable[str]]] = (
-        ("tensor_parallel_degree", ("disable_loss_parallel",)),
-        ("context_parallel_degree", ("context_parallel_rotate_method",)),
-        (
-            "pipeline_parallel_degree",
+    parallelism, checkpoint, faults = config.parallelism, config.checkpoint, config.faults
+    no_experts, one_rank = "on a model without experts", "while parallelism.expert_parallel_degree = 1"
+    needs: dict[str, _Needs] = {
+        "parallelism": (
             (
-                "pipeline_parallel_schedule",
-                "pipeline_parallel_schedule_csv",
-                "pipeline_parallel_microbatch_size",
-                "pipeline_parallel_layers_per_stage",
-                "module_fqns_per_model_part",
+                parallelism.tensor_parallel_degree > 1,
+                "while parallelism.tensor_parallel_degree = 1",
+                "disable_loss_parallel",
+            ),
+            (
+                parallelism.context_parallel_degree > 1,
+                "while parallelism.context_parallel_degree = 1",
+                "context_parallel_rotate_method",
+            ),
+            (
+                parallelism.pipeline_parallel_degree > 1,
+                "while parallelism.pipeline_parallel_degree = 1",
+                "pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "
+                "pipeline_parallel_layers_per_stage module_fqns_per_model_part",
             ),
         ),
-    )
-    idle = [
-        f"parallelism.{key} = {getattr(parallelism, key)} has no effect while parallelism.{degree} = 1"
-        for degree, keys in needs
-        for key in keys
-        if getattr(parallelism, degree) == 1 and getattr(parallelism, key) != getattr(defaults, key)
-    ]
-    if not config.compile.enable and config.compile.backend != type(config.compile)().backend:
-        idle.append(f"compile.backend = {config.compile.backend} has no effect while compile.enable = false")
-    moe, untouched = config.moe, type(config.moe)()
-    if not experts:
-        changed = {f"moe.{key}": value for key, value in vars(moe).items() if value != getattr(untouched, key)}
-        if config.debug.moe_force_load_balance:
-            changed["debug.moe_force_load_balance"] = True
-        idle += [f"{key} = {value} has no effect on a model without experts" for key, value in changed.items()]
-    elif moe.overlap_halves and parallelism.expert_parallel_degree == 1:
-        idle.append("moe.overlap_halves = True has no effect while parallelism.expert_parallel_degree = 1")
-    return idle + _checkpoint_keys_without_effect(config.checkpoint) + _fault_keys_without_effect(config.faults)
-
-
-def _fault_keys_without_effect(section: Faults) -> list[str]:
-    defaults = Faults()
-    judged = section.loss_spike_sigmas or section.grad_norm_spike_sigmas
-    needs: Iterable[tuple[bool, str, Iterable[str]]] = (
-        (section.skip_nonfinite, "faults.skip_nonfinite = false", ("max_in_a_row", "then")),
-        (
-            bool(judged),
-            "faults.loss_spike_sigmas and faults.grad_norm_spike_sigmas are 0",
-            ("warmup_steps",),
+        "compile": ((config.compile.enable, "while compile.enable = false", "backend"),),
+        "moe": (
+            (experts, no_experts, " ".join(vars(config.moe))),
+            (not experts or parallelism.expert_parallel_degree > 1, one_rank, "overlap_halves"),
         ),
-    )
-    return [
-        f"faults.{key} = {getattr(section, key)} has no effect while {reason}"
-        for has_effect, reason, keys in needs
-        for key in keys
-        if not has_effect and getattr(section, key) != getattr(defaults, key)
-    ]
+        "debug": ((experts, no_experts, "moe_force_load_balance"),),
+        "checkpoint": (
+            (
+                checkpoint.enable,
+                "while checkpoint.enable = false",
+                "interval interval_minutes keep_latest_k async_mode strict load_step last_save_model_only",
+            ),
+            (checkpoint.initial_load_path, "while checkpoint.initial_load_path is empty", "initial_load_model_only"),
+        ),
+        "faults": (
+            (faults.skip_nonfinite, "while faults.skip_nonfinite = false", "max_in_a_row then"),
+            (
+                faults.loss_spike_sigmas or faults.grad_norm_spike_sigmas,
+                "while faults.loss_spike_sigmas and faults.grad_norm_spike_sigmas are 0",
+                "warmup_steps",
+            ),
+        ),
+    }
+    return [line for name, conditions in needs.items() for line in _idle(name, getattr(config, name), conditions)]
 
 
-def _checkpoint_keys_without_effect(section: Checkpoint) -> list[str]:
-    defaults = Checkpoint()
-    saving = (
-        "interval",
-        "interval_minutes",
-        "keep_latest_k",
-        "async_mode",
-        "strict",
-        "load_step",
-        "last_save_model_only",
-    )
-    needs: Iterable[tuple[bool, str, Iterable[str]]] = (
-        (section.enable, "checkpoint.enable = false", saving),
-        (bool(section.initial_load_path), "checkpoint.initial_load_path is empty", ("initial_load_model_only",)),
-    )
-    return [
-        f"checkpoint.{key} = {getattr(section, key)} has no effect while {reason}"
-        for has_effect, reason, keys in needs
-        for key in keys
-        if not has_effect and getattr(section, key) != getattr(defaults, key)
-    ]
+def _idle(name: str, section: Any, needs: _Needs) -> Iterator[str]:
+    """A line for each changed key of a section whose need is not met."""
+    defaults = type(section)()
+    for met, reason, keys in needs:
+        for key in () if met else keys.split():
+            if (value := getattr(section, key)) != getattr(defaults, key):
+                yield f"{name}.{key} = {value} has no effect {reason}"
 
 
 def _exchanges_heads(heads: int, kv_heads: int, ranks: int) -> bool:

@@ -114,7 +114,8 @@ def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
     config = plan.config
     _async_tensor_parallel_needs_accelerators(config)
-    _make_writable(plan.folder, (config.checkpoint.folder, config.metrics.save_tb_folder))
+    folders = (config.checkpoint.folder, config.metrics.save_tb_folder, config.comm.save_traces_folder)
+    _make_writable(plan.folder, folders)
     _resume_needs_checkpoints_on(plan)
     _named_checkpoints_exist(plan)
     read_passed_over(plan.folder)  # for what it raises, before ranks meet
@@ -137,16 +138,16 @@ def identity(plan: JobPlan, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def finished_step(plan: JobPlan) -> int | None:
+def finished_step(plan: JobPlan, rank: int = 0, ranks: int = 1) -> int | None:
     """The step of a good checkpoint that already is at training.steps or past it; None where the run has more to do.
 
-    Reads the whole of it: a run whose last checkpoint is bad is not finished.
+    Reads the rank's share of its files: a run whose last checkpoint is bad to any rank is not finished.
     """
     section = plan.config.checkpoint
     steps = published_steps(plan.checkpoint_folder) if section.enable and section.load_step == -1 else []
     if not steps or steps[-1] < plan.config.training.steps:
         return None
-    return None if verified(step_folder(plan.checkpoint_folder, steps[-1])) else steps[-1]
+    return None if verified(step_folder(plan.checkpoint_folder, steps[-1]), rank=rank, ranks=ranks) else steps[-1]
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import torchtitan_lite
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.files import replace
 from torchtitan_lite.preflight import JobPlan
 from torchtitan_lite.strict_json import strict_dumps
 
@@ -20,8 +21,6 @@ _RECORDED = ("torch", "numpy", "sentencepiece", "safetensors")
 
 
 def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str) -> None:
-    """Write it in one move; a reader never sees half of it."""
-    path = plan.folder / "config.json"
     record = {
         "recipe": str(plan.recipe),
         "config": asdict(plan.config),
@@ -33,9 +32,7 @@ def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str)
         "commit": _commit(),
         "identity": identity,
     }
-    temporary = path.with_suffix(".json.partial")
-    temporary.write_text(strict_dumps(record, indent=1))
-    temporary.rename(path)
+    replace(plan.folder / "config.json", strict_dumps(record, indent=1))
 
 
 def manifest_record(plan: JobPlan, identity: dict[str, Any]) -> dict[str, Any]:
@@ -51,11 +48,9 @@ def manifest_record(plan: JobPlan, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_stopped(folder: Path, **how: Any) -> None:
-    """Mark that a run ended as a signal asked it to, nothing lost: step, signal, saved (its checkpoint's step)."""
-    temporary = folder / f"{STOPPED}.partial"
+    """Mark that a run ended as a signal asked it to: step, signal, saved (its checkpoint's step, None without)."""
     try:
-        temporary.write_text(strict_dumps({**how, "time": time.time()}, indent=1))
-        temporary.rename(folder / STOPPED)
+        replace(folder / STOPPED, strict_dumps({**how, "time": time.time()}, indent=1))
     except OSError as error:
         raise UserError(
             f"{folder / STOPPED}: cannot be written: {error.strerror}; the step is saved all the same: make room or "

@@ -81,7 +81,8 @@ def _train(plan: JobPlan, prepared: Prepared) -> int:
         # A folder that is not shared between nodes would have some resume and others start.
         settings["checkpoints in the run folder"] = published_steps(plan.checkpoint_folder)
         runtime.require_equal_on_all_ranks(settings)
-        if (step := runtime.from_first_rank(finished_step(plan) if here.rank == 0 else None)) is not None:
+        step = finished_step(plan, here.rank, here.world_size)
+        if runtime.same_on_all_ranks(step) and step is not None:
             logger.info(already_finished(plan, step))
             return 0
         if here.rank == 0:

@@ -228,11 +228,13 @@ class Trainer:
             self.watchdog.beat("validation")
             batches = validation_batches(store, samples, size, self.batch_rank, self.plan.dims.batch_ranks)
             loss = self.model.evaluate(until_told_to_stop(batches)).item()
-        if not agreed.stop:
-            self.log.event("validation", self.progress.step, loss=loss)
-            logger.info("validation loss %.4f", loss)
-            if tensorboard is not None:
-                tensorboard.write(self.progress.step, {"validation_loss": loss})
+        if agreed.stop:
+            logger.info("the validation of step %d is left out, to stop in time", self.progress.step)
+            return agreed
+        self.log.event("validation", self.progress.step, loss=loss)
+        logger.info("validation loss %.4f", loss)
+        if tensorboard is not None:
+            tensorboard.write(self.progress.step, {"validation_loss": loss})
         return agreed
 
     def _agree(self) -> Agreed:
@@ -245,8 +247,8 @@ class Trainer:
         section, step, saver = self.config.checkpoint, self.progress.step, self.checkpoints.saver
         if not section.enable:
             return agreed.stop
-        final = step == self.config.training.steps
-        ends = final or bool(agreed.stop)
+        done = step == self.config.training.steps and agreed.stop != signal.SIGABRT  # of faults: to be gone on from
+        ends = done or bool(agreed.stop)
         due = ends or agreed.due or self.cadence.due(step)
         with self.clock.paused(), self.watchdog.paused("saving a checkpoint"):
             if saver.in_flight and (due or agreed.written):
@@ -256,7 +258,7 @@ class Trainer:
                     break
                 time.sleep(attempt)  # before another attempt, where there will be no next step
                 self.cadence.began()
-                self.checkpoints.save(self.progress, model_only=final and section.last_save_model_only)
+                self.checkpoints.save(self.progress, model_only=done and section.last_save_model_only)
                 if ends or section.async_mode == "disabled":
                     self._take_note()
             if ends and self.saved != step:
@@ -326,9 +328,10 @@ class Trainer:
             self.log.event("end", self.progress.step)
             return
         name, step = signal.Signals(stop).name, self.progress.step
-        self.log.event("preemption", step, signal=name, saved=self.saved)
+        saved = self.saved if self.config.checkpoint.enable else None
+        self.log.event("preemption", step, signal=name, saved=saved)
         if self.log.writes:
-            write_stopped(self.plan.folder, step=step, signal=name, saved=self.saved)
+            write_stopped(self.plan.folder, step=step, signal=name, saved=saved)
 
     def exit_code(self, stop: int) -> int:
         """0; on a rank that only follows others that were told to stop, what makes torchrun start it again.
@@ -364,6 +367,11 @@ class Trainer:
                 anew = {"dataloader": {"position": 0}, "train_state": {"step": 0, "tokens_seen": 0}}
                 changes = [entry for part, entry in anew.items() if part in excluded]
                 self.progress = replace(first.progress, **{k: v for entry in changes for k, v in entry.items()})
+            if self.progress.step >= (last := self.config.training.steps):
+                raise UserError(
+                    f"checkpoint.initial_load_path: {first.folder} is at step {self.progress.step}, and training.steps "
+                    f'is {last}; raise it, or begin at step 0 with checkpoint.exclude_from_loading = ["train_state"]'
+                )
             self._went_on_from(first, "initial load", "starting from the tensors of")
         elif self.log.attempt > 1:
             logger.info("no checkpoint in %s: from the start again, earlier lines are superseded", self.plan.folder)

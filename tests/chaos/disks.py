@@ -9,10 +9,9 @@ from typing import Any
 
 from tests.chaos.kills import is_bad, wait_until
 from tests.chaos.launched import launch
-from tests.checkpoint.reading import last_lines
+from tests.checkpoint.reading import events, last_lines
 from tests.ranks import RankPool
 from torchtitan_lite.checkpoint import storage
-from torchtitan_lite.observability.sinks import read_lines
 
 
 class CannotMount(Exception):
@@ -52,7 +51,7 @@ def full_checkpoint_disk(pool: RankPool, recipe: Path, folder: Path, undisturbed
     """The disk of the checkpoints has room for a few of them, and later less: what is wrong with what the run does."""
 
     def fill() -> None:
-        (folder / "checkpoint" / "others").write_bytes(bytes(12 << 20))
+        _fill(folder / "checkpoint" / "others")
 
     return _disturbed(pool, recipe, folder, undisturbed, fill, (folder / "checkpoint" / "others").unlink, "No space")
 
@@ -78,9 +77,9 @@ def _disturbed(
     from tests.test_trainer import _run
 
     def meanwhile() -> None:
-        if wait_until(lambda: _events(folder, "checkpoint"), 60):
+        if wait_until(lambda: events(folder, "checkpoint"), 60):
             disturb()
-            wait_until(lambda: _events(folder, "checkpoint failed"), 60)
+            wait_until(lambda: events(folder, "checkpoint failed"), 60)
             mend()
 
     with small_disk(folder / "checkpoint", 14):
@@ -88,7 +87,7 @@ def _disturbed(
         other.start()
         lines = _run(pool, 2, recipe, folder, "--checkpoint.async_mode=async")
         other.join()
-        failed, saved = _events(folder, "checkpoint failed"), _events(folder, "checkpoint")
+        failed, saved = events(folder, "checkpoint failed"), events(folder, "checkpoint")
         faults = is_bad(folder)
         if not failed or not all(expected in event["error"] for event in failed):
             faults.append(f"saves that failed: {[event['error'] for event in failed]}, expected {expected}")
@@ -103,12 +102,10 @@ def full_run_disk(recipe: Path, folder: Path) -> list[str]:
     """The disk of the whole run folder fills up: the run ends with a line that says so, its checkpoints are good."""
     with small_disk(folder, 14):
         process = launch(recipe, folder)
-        if not wait_until(lambda: _events(folder, "checkpoint"), 90):
+        if not wait_until(lambda: events(folder, "checkpoint"), 90):
             process.kill()
             return ["no checkpoint within 90 s"]
-        with (folder / "others").open("wb", buffering=0) as handle, suppress(OSError):  # full
-            while handle.write(bytes(1 << 12)):
-                pass
+        _fill(folder / "others")
         code, faults = process.wait(90), is_bad(folder)
         told = folder.with_name(f"{folder.name}.log").read_text()
         if code == 0 or "No space left on device; make room or mend the folder, and start again" not in told:
@@ -118,5 +115,8 @@ def full_run_disk(recipe: Path, folder: Path) -> list[str]:
     return faults
 
 
-def _events(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(folder / "events.jsonl") if line["event"] == name]
+def _fill(path: Path) -> None:
+    """Write to `path` until its disk is full."""
+    with path.open("wb", buffering=0) as handle, suppress(OSError):
+        while handle.write(bytes(1 << 12)):
+            pass

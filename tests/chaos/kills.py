@@ -79,7 +79,7 @@ def _killed_at(moment: str, after: int) -> Iterator[None]:
         "step": (Trainer, "_agree"),
         "write": (shards, "hasher"),
         "manifest": (storage, "_canonical"),
-        "rename": (storage, "_sync"),
+        "rename": (storage, "sync"),
         "prune": (storage.shutil, "rmtree"),
         "load": (shards.Stored, "read_into"),
         "verify": (manager, "_require_intact"),

@@ -26,6 +26,11 @@ def last_lines(path: Path) -> list[dict[str, Any]]:
     return list({line["step"]: line for line in read_lines(path)}.values())
 
 
+def events(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Lines of one name in the events.jsonl of a run."""
+    return [line for line in read_lines(folder / "events.jsonl") if line["event"] == name]
+
+
 def flip_a_bit(path: Path, byte: int = -1, bit: int = 0) -> None:
     """Change one bit of a file: of the byte in the middle, or of another."""
     content = bytearray(path.read_bytes())
@@ -40,6 +45,7 @@ def contents(step: int, **changes: Any) -> dict[str, Any]:
         "position": 8 * step,
         "tokens_seen": 256 * step,
         "world_size": 1,
+        "global_batch_size": 8,
         "device": "cpu",
         "holds": "all",
         "identity": {"model": {"dim": 256, "rope": None}, "debug.seed": 42},

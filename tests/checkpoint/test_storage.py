@@ -1,16 +1,20 @@
 """A checkpoint exists when its folder has its name and its manifest; everything before that is none."""
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from xxhash import xxh3_128
 
 from tests.checkpoint.reading import contents
 from torchtitan_lite.checkpoint import storage
+from torchtitan_lite.errors import UserError
 
 FILE = storage.file_of(0)
 CONTENTS = contents(40, lr=0.1, files={FILE: {"bytes": 3, "xxh3_128": xxh3_128(b"abc").hexdigest()}})
@@ -92,8 +96,9 @@ def test_a_manifest_that_was_cut_off_is_found_out(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"step": 41}, "expected step 40 by its folder's name, found 41"),
-        ({"position": "7"}, "expected position of type int, found '7'"),
-        ({"step": True}, "expected step of type int, found True"),
+        ({"position": "7"}, "expected position of type int, at least 0, found '7'"),
+        ({"step": True}, "expected step of type int, at least 0, found True"),
+        ({"global_batch_size": -1}, "expected global_batch_size of type int, at least 0, found -1"),
         ({"files": {"../../secret": {"bytes": 1, "xxh3_128": "ab"}}}, "lists a file '../../secret'"),
         ({"files": {"rank-00000.safetensors/..": {"bytes": 1, "xxh3_128": "ab"}}}, "lists a file"),
         ({"files": {FILE: {"bytes": "3", "xxh3_128": "ab"}}}, "expected bytes and xxh3_128 of"),
@@ -133,6 +138,21 @@ def test_a_bad_file_is_named_with_what_was_expected_and_found(tmp_path: Path) ->
     assert storage.verified(final)[0].startswith(expected)
     (final / storage.MANIFEST).unlink()
     assert storage.verified(final) == [f"{final / storage.MANIFEST}: cannot be read: No such file or directory"]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ESTALE, errno.EACCES])
+def test_what_may_be_good_and_cannot_be_read_is_not_called_bad(tmp_path: Path, number: int) -> None:
+    folder = _publish(tmp_path, 40)
+    for owner, name in ((Path, "read_text"), (Path, "stat"), (Path, "open")):
+        error = OSError(number, os.strerror(number))
+        with patch.object(owner, name, side_effect=error), pytest.raises(UserError, match="and start again"):
+            storage.verified(folder)
+
+
+def test_what_a_disk_does_not_give_back_is_bad(tmp_path: Path) -> None:
+    folder = _publish(tmp_path, 40)
+    with patch.object(Path, "open", side_effect=OSError(errno.EIO, "Input/output error")):
+        assert "cannot be read: Input/output error" in storage.verified(folder)[0]
 
 
 def test_a_file_larger_than_the_buffer_is_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.checkpoint.reading import last_lines, whole_tensors
+from tests.checkpoint.reading import events, last_lines, whole_tensors
 from tests.ranks import RankPool
 from tests.test_checkpoint_runs import _train_and_tell
 from tests.test_trainer import _run, _train
@@ -65,10 +65,6 @@ def _tell_poisoned(steps: list[int], value: float, rank: int, recipe: str, *over
         return _train_and_tell(recipe, *overrides)
 
 
-def _events(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [line for line in read_lines(folder / "events.jsonl") if line["event"] == name]
-
-
 def _state(folder: Path, step: int) -> dict[str, torch.Tensor]:
     tensors = whole_tensors(storage.step_folder(folder / "checkpoint", step))
     return {name: value for name, value in tensors.items() if name.startswith(("model.", "optimizer."))}
@@ -102,7 +98,7 @@ def test_a_step_that_is_no_number_changes_nothing(pool: RankPool, recipe: Path, 
     assert _equal(_state(folder, 3), _state(folder, 2)), "parameters, moments, step counts and biases, to the bit"
     assert not _equal(_state(folder, 4), _state(folder, 3)), "and it goes on"
     assert all(tensor.isfinite().all() for tensor in _state(folder, STEPS).values())
-    (skipped,) = _events(folder, "skipped step")
+    (skipped,) = events(folder, "skipped step")
     assert (skipped["step"], skipped["why"], skipped["in_a_row"]) == (3, "non-finite gradient norm", 1)
     assert skipped["ids"] == read_lines(folder / "samples.jsonl")[2]["ids"]
     lines = read_lines(folder / "metrics.jsonl")
@@ -118,7 +114,7 @@ def test_skips_are_the_same_on_every_number_of_ranks(pool: RankPool, recipe: Pat
         folder = tmp_path / str(ranks)
         arguments = (str(recipe), f"--job.dump_folder={folder}")
         pool.run(_train_poisoned, ranks, [2, 5], math.inf, 0, *arguments, group=False)
-        assert [event["step"] for event in _events(folder, "skipped step")] == [2, 5]
+        assert [event["step"] for event in events(folder, "skipped step")] == [2, 5]
         runs.append([line["loss"] for line in read_lines(folder / "metrics.jsonl")])
     for losses in runs[1:]:
         assert losses == pytest.approx(runs[0], rel=1e-6)
@@ -149,7 +145,7 @@ def test_a_spike_is_skipped_and_does_not_move_the_mean(pool: RankPool, recipe: P
     limits = ("--faults.grad_norm_spike_sigmas=6", "--faults.warmup_steps=4")
     arguments = (str(recipe), f"--job.dump_folder={folder}", *limits)
     assert pool.run(_train_poisoned, 2, [7], 1e6, 0, *arguments, group=False) == [0, 0]
-    (skipped,) = _events(folder, "skipped step")
+    (skipped,) = events(folder, "skipped step")
     assert (skipped["step"], skipped["why"]) == (7, "gradient norm spike")
     assert skipped["grad_norm"] > skipped["grad_norm_limit"] > 0
     statistics = [
@@ -172,7 +168,7 @@ def test_the_statistics_go_through_a_resume(pool: RankPool, recipe: Path, tmp_pa
 def test_guards_turn_on_and_off_between_starts(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
     for steps, guarded in ((2, "true"), (4, "false"), (6, "true")):
         _run(pool, 2, recipe, tmp_path / "run", f"--training.steps={steps}", f"--faults.skip_nonfinite={guarded}")
-    assert [event["step"] for event in _events(tmp_path / "run", "resume")] == [2, 4]
+    assert [event["step"] for event in events(tmp_path / "run", "resume")] == [2, 4]
 
 
 def test_too_many_in_a_row_stop_the_run_at_the_last_good_state(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
@@ -184,7 +180,7 @@ def test_too_many_in_a_row_stop_the_run_at_the_last_good_state(pool: RankPool, r
     # The device is a step ahead of what the host has read.
     assert "3 steps in a row up to step 6 were skipped (non-finite gradient norm), more than faults.max" in line
     assert 'faults.then = "roll_back"' in line
-    assert [event["step"] for event in _events(folder, "skipped step")][:2] == [4, 5]
+    assert [event["step"] for event in events(folder, "skipped step")][:2] == [4, 5]
     latest = storage.published_steps(folder / "checkpoint")[-1]
     assert _equal(_state(folder, latest), _state(folder, 3))
 
@@ -194,7 +190,7 @@ def test_a_roll_back_passes_over_the_samples_for_good(pool: RankPool, recipe: Pa
     settings = ("--faults.max_in_a_row=1", '--faults.then="roll_back"', "--checkpoint.interval=3")
     arguments = (str(recipe), f"--job.dump_folder={folder}", *settings)
     assert pool.run(_train_poisoned, 2, [4, 5], math.nan, 0, *arguments, group=False) == [0, 0]
-    (back,) = _events(folder, "roll back")
+    (back,) = events(folder, "roll back")
     ranges = json.loads((folder / "passed_over.json").read_text())["positions"]
     assert ranges == [[24, 40]], "the samples of steps 4 and 5, eight a step"
     ids = {line["step"]: line["ids"] for line in last_lines(folder / "samples.jsonl")}
@@ -328,7 +324,7 @@ def test_a_replay_finds_a_flipped_bit_and_names_the_rank(pool: RankPool, recipe:
         assert "on rank 1 on host" in line
         assert "rank 0" not in line
         assert "layers.1.attention_norm.weight" in line
-        assert _events(folder, "silent corruption")[0]["step"] == 3
+        assert events(folder, "silent corruption")[0]["step"] == 3
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.chaos.kills import wait_until
 from tests.chaos.launched import launch
-from tests.checkpoint.reading import last_lines
+from tests.checkpoint.reading import events, last_lines
 from tests.ranks import RankPool
 from tests.test_trainer import _run
 from tests.tiny import write_recipe
@@ -93,8 +93,8 @@ def _require_undisturbed(pool: RankPool, recipe: Path, folder: Path) -> None:
     assert last_lines(folder / "samples.jsonl") == read_lines(whole / "samples.jsonl")
 
 
-def _events(folder: Path, name: str) -> list[int]:
-    return [line["step"] for line in read_lines(folder / "events.jsonl") if line["event"] == name]
+def _steps_of(folder: Path, name: str) -> list[int]:
+    return [event["step"] for event in events(folder, name)]
 
 
 def test_a_node_that_is_lost_and_one_that_joins(pool: RankPool, recipe: Path, tmp_path: Path, endpoint: str) -> None:
@@ -112,7 +112,7 @@ def test_a_node_that_is_lost_and_one_that_joins(pool: RankPool, recipe: Path, tm
     assert _worlds(folder) == [2, 1, 2], _logs(folder)
     _require_undisturbed(pool, recipe, folder)
     # A node that joins costs no step: the others save before they form anew.
-    assert _events(folder, "resume")[1] == _events(folder, "preemption")[0]
+    assert _steps_of(folder, "resume")[1] == _steps_of(folder, "preemption")[0]
 
 
 def test_a_node_that_is_told_to_leave_costs_no_step(
@@ -126,7 +126,7 @@ def test_a_node_that_is_told_to_leave_costs_no_step(
     assert _end_of([first], folder) == [0], _logs(folder)
     assert _worlds(folder) == [2, 1]
     _require_undisturbed(pool, recipe, folder)
-    assert _events(folder, "resume") == _events(folder, "preemption")
+    assert _steps_of(folder, "resume") == _steps_of(folder, "preemption")
     assert len(read_lines(folder / "samples.jsonl")) == 60, "no step was run twice"
 
 

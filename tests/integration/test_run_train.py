@@ -1,16 +1,19 @@
 """run_train.sh as a user calls it: golden losses, resuming, mistakes, signals."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from tests.tiny import write_recipe
+from torchtitan_lite import launch
 from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.run_record import read_stopped
@@ -157,15 +160,19 @@ def _mistakes(tmp_path: Path, corpus: Path, cache: Path) -> dict[str, tuple[list
     }
 
 
-def test_mistakes_end_with_2_and_one_line_before_any_rank_starts(tmp_path: Path, corpus: Path, cache: Path) -> None:
-    import re
-
+def test_mistakes_end_with_2_and_one_line_before_any_rank_starts(
+    tmp_path: Path, corpus: Path, cache: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, where nothing is imported anew; one of them as a user would see it."""
     for name, (arguments, variables, message) in _mistakes(tmp_path, corpus, cache).items():
-        run = _train(*arguments, **{"NPROC": "1", **variables})
-        assert run.returncode == 2, (name, run.stderr)
-        (line,) = run.stderr.splitlines()
+        with patch.dict(os.environ, _environment(**{"NPROC": "1", **variables}), clear=True):
+            code = launch.main(arguments)
+        (line,) = capfd.readouterr().err.splitlines()
+        assert code == 2, (name, line)
         assert line.startswith("error: "), (name, line)
         assert re.search(message, line), (name, line)
+    run = _train(*arguments, **{"NPROC": "1", **variables})
+    assert (run.returncode, run.stderr) == (2, f"{line}\n")
 
 
 def test_another_seed_or_model_does_not_resume_a_run(recipe: Path) -> None:
@@ -250,13 +257,24 @@ def _rest_of_output(process: "subprocess.Popen[str]", within: float) -> str:
     return rest
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize(
+    ("sent", "to", "code"),
+    [
+        (signal.SIGINT, "launcher", 130),
+        (signal.SIGTERM, "launcher", 143),
+        (signal.SIGUSR1, "launcher", 138),
+        (signal.SIGUSR1, "rank", 138),
+    ],
+)
 def test_a_signal_saves_the_step_and_ends_all_ranks(
-    recipe: Path, tmp_path: Path, sent: signal.Signals, code: int
+    recipe: Path, tmp_path: Path, sent: signal.Signals, to: str, code: int
 ) -> None:
     process = _start(recipe)
     _read_until(process, "  loss")
-    os.killpg(process.pid, sent)
+    if to == "launcher":
+        os.killpg(process.pid, sent)
+    else:
+        os.kill(int((tmp_path / "run" / ".lock").read_text()), sent)
     rest = _rest_of_output(process, within=10)
     assert process.returncode == code
     assert "Traceback" not in rest

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchtitan_lite.checkpoint.storage import Damaged
+from torchtitan_lite.checkpoint.storage import Damaged, why_lost
 
 CHUNKS = "chunks"  # the entry of a header's metadata that says where parts lie
 
@@ -31,12 +31,10 @@ def chunks_of(path: Path) -> Iterator[Chunk]:
     """All blocks in a file; only its header is read. Raises Damaged where it is not as write_parts writes it."""
     from safetensors import SafetensorError, safe_open
 
-    if path.exists() and not path.is_file():
-        raise Damaged(f"{path}: is no plain file")
     try:
-        with safe_open(path, framework="numpy"):
-            pass  # it checks that header and size agree
-        with path.open("rb") as handle:
+        if path.exists() and not path.is_file():
+            raise Damaged(f"{path}: is no plain file")
+        with path.open("rb") as handle, safe_open(path, framework="numpy"):  # it checks that header and size agree
             length = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(length))
         places = json.loads(header.pop("__metadata__")[CHUNKS])
@@ -48,7 +46,9 @@ def chunks_of(path: Path) -> Iterator[Chunk]:
             yield Chunk(name, shape, path, 8 + length + begin, end - begin, entry["dtype"], offset, size)
     except Damaged:
         raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except OSError as error:
+        raise Damaged(f"{path}: cannot be read: {why_lost(path, error)}") from None
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path}: is no file of a checkpoint: {error}") from None
 
 

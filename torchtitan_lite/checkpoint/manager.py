@@ -16,11 +16,13 @@ from torchtitan_lite.checkpoint.saver import BESIDE, Saver
 from torchtitan_lite.checkpoint.shards import Stored, is_written_here, part_of
 from torchtitan_lite.checkpoint.storage import Damaged
 from torchtitan_lite.config.schema import Checkpoint
+from torchtitan_lite.distributed.runtime import from_first_rank
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.strict_json import flat
 
 # What a checkpoint says of its run that a run which goes on from it must share.
-_IDENTITY = ("model", "tokenizer", "data", "training.seq_len", "debug.seed")
+_MODEL = ("model", "tokenizer")
+_IDENTITY = (*_MODEL, "data", "training.seq_len", "debug.seed")
 _SLOWEST_DISK = timedelta(hours=1)
 
 logger = logging.getLogger(__name__)
@@ -108,7 +110,7 @@ class CheckpointManager:
         for name in self._on_first_rank(lambda: storage.take_away_left_overs(self._folder)) or []:
             logger.warning("removed %s, which a save or a removal that was cut short had left", self._folder / name)
             self._event("left over", 0, path=str(self._folder / name))
-        steps = self._from_first_rank(storage.published_steps(self._folder))
+        steps = from_first_rank(storage.published_steps(self._folder), self.group)
         candidates = [step] if step != -1 else steps[::-1]
         for candidate in candidates:
             folder = storage.step_folder(self._folder, candidate)
@@ -133,10 +135,10 @@ class CheckpointManager:
         """Load from the checkpoint at `path`, of another run: the model's tensors only, or all that
         exclude_from_loading leaves. Raises UserError where that is no good checkpoint of such a model. Collective."""
         section = self._section
-        folder = self._from_first_rank(self._agreed(lambda: storage.find_checkpoint(path)))
+        folder = from_first_rank(self._agreed(lambda: storage.find_checkpoint(path)), self.group)
         kept: tuple[str, ...] = ("model.name", "tokenizer")
         if not section.initial_load_model_only:
-            kept = tuple(key for key in _IDENTITY if "dataloader" not in section.exclude_from_loading or key in kept)
+            kept = _MODEL if "dataloader" in section.exclude_from_loading else _IDENTITY
         try:
             excluded = (*section.exclude_from_loading, "faults")
             return self._load(folder, kept, model_only=section.initial_load_model_only, excluded=excluded)
@@ -246,16 +248,10 @@ class CheckpointManager:
             raise first
         return result
 
-    def _from_first_rank(self, value: Any) -> Any:
-        shared = [value]
-        dist.broadcast_object_list(shared, src=0, group=self.group)
-        return shared[0]
-
 
 def _require_intact(folder: Path, files: Mapping[str, Any]) -> None:
     """Raise Damaged where a file of this rank's share is not what the manifest says."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    if lines := storage.damages(folder, {name: files[name] for name in sorted(files)[rank::ranks]}):
+    if lines := storage.damages(folder, storage.share(files, dist.get_rank(), dist.get_world_size())):
         raise Damaged(lines[0])
 
 

@@ -3,7 +3,7 @@
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.checkpoint.shards import Part, write_parts
+from torchtitan_lite.distributed.runtime import from_first_rank
 from torchtitan_lite.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -109,10 +110,10 @@ class Saver:
     ) -> Outcome:
         """On every rank: its file, what all wrote, and on the first rank the manifest and the name. Collective."""
         staging, final = storage.staging_folder(self._folder, step), storage.step_folder(self._folder, step)
-        error = self._shared(self._error_of(lambda: _make(staging)) if self._first else None)
+        error = from_first_rank(_error_of(lambda: _make(staging)) if self._first else None, self._group)
         report: dict[str, Any] = {}
         if error is None:
-            error = self._error_of(lambda: report.update(_write_own(staging, parts, whole)))
+            error = _error_of(lambda: report.update(_write_own(staging, parts, whole)))
             reports: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(reports, (error, report), group=self._group)
             error = next((error for error, _ in reports if error), None)
@@ -120,8 +121,8 @@ class Saver:
                 expected, found = (sum(report[key] for _, report in reports) for key in ("whole", "numbers"))
                 assert expected == found, f"ranks wrote {found} numbers of {expected}"
             if error is None and self._first:
-                error = self._error_of(lambda: self._publish(staging, final, contents, [r for _, r in reports]))
-            error = self._shared(error)
+                error = _error_of(lambda: self._publish(staging, final, contents, [r for _, r in reports]))
+            error = from_first_rank(error, self._group)
         if error is not None and self._first:
             shutil.rmtree(staging, ignore_errors=True)
         if error is None and self._first:
@@ -147,21 +148,21 @@ class Saver:
         except (OSError, UserError) as error:
             logger.warning("%s: older checkpoints could not be removed: %s", self._folder, error)
 
-    def _shared(self, error: str | None) -> str | None:
-        """The first rank's error, on every rank."""
-        shared = [error]
-        dist.broadcast_object_list(shared, src=0, group=self._group)
-        return shared[0]
 
-    @staticmethod
-    def _error_of(work: Any) -> str | None:
-        """What keeps a save from being done, in words; None where nothing does. A defect of ours is raised."""
-        try:
-            work()
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            return f"{where}{error.strerror or error}"
-        return None
+def _error_of(work: Callable[[], object]) -> str | None:
+    """What keeps a save from being done, in words; None where nothing does.
+
+    Whatever it is: an error raised here would leave the other ranks waiting for this one.
+    """
+    try:
+        work()
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    except Exception as error:
+        logger.exception("a save failed")
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _make(staging: Path) -> None:

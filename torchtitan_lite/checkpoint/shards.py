@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from torchtitan_lite.checkpoint.header import CHUNKS, Chunk, chunks_of
-from torchtitan_lite.checkpoint.storage import Damaged, hasher
+from torchtitan_lite.checkpoint.storage import Damaged, hasher, why_lost
 from torchtitan_lite.errors import UserError
 
 _BLOCK = 1 << 24  # bytes that are written or copied at once
@@ -167,9 +167,16 @@ class Stored:
             raise UserError(
                 f"{name}: this run needs {told[0]}, the checkpoint has {told[1]}; choose another checkpoint"
             )
-        filled = sum(_copy_common(chunk, part) for chunk in self._chunks[name])
+        filled = sum(_read_common(chunk, part) for chunk in self._chunks[name])
         if filled != part.local.numel():
             raise Damaged(f"{name}: expected {part.local.numel()} numbers of it, found {filled}")
+
+
+def _read_common(chunk: Chunk, part: Part) -> int:
+    try:
+        return _copy_common(chunk, part)
+    except OSError as error:
+        raise Damaged(f"{chunk.path}: cannot be read: {why_lost(chunk.path, error)}") from None
 
 
 def _copy_common(chunk: Chunk, part: Part) -> int:

@@ -4,8 +4,8 @@ A checkpoint is written under another name, listed in its manifest, then renamed
 complete by construction, and whatever a killed save leaves behind has another.
 """
 
+import errno
 import json
-import os
 import re
 import shutil
 import stat
@@ -17,6 +17,7 @@ from threading import Event
 from typing import Any
 
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.files import sync
 
 MANIFEST = "manifest.json"
 _FINAL = re.compile(r"step-(\d{8,})")
@@ -24,6 +25,8 @@ _FINAL = re.compile(r"step-(\d{8,})")
 _FILE = re.compile(r"rank-\d{5,}\.safetensors")
 _LEFT_OVER = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 _STAGES = re.compile(r"step-(\d{8,})(?:\.(bad|superseded)(?:-\d+)?)?|\.step-(\d{8,})\.(partial|removed)")
+# A file that is not there, is of another kind, or that its disk does not give back.
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EIO)
 _BUFFER = 1 << 22
 _READERS = 4  # files of one rank that are read at once
 _KINDS = {
@@ -31,6 +34,7 @@ _KINDS = {
     "position": int,
     "tokens_seen": int,
     "world_size": int,
+    "global_batch_size": int,
     "device": str,
     "holds": str,
     "identity": dict,
@@ -73,8 +77,17 @@ def published_steps(folder: Path) -> list[int]:
             return []
         matches = (_FINAL.fullmatch(entry.name) for entry in folder.iterdir())
         return sorted(int(match[1]) for match in matches if match and (folder / match[0]).is_dir())
-    except PermissionError as error:
-        raise _not_permitted(error) from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}; mend the disk or permissions") from None
+
+
+def why_lost(path: Path, error: OSError) -> str:
+    """Why a file that cannot be read is bad. Raises UserError where it may be good: neither renamed nor passed over."""
+    if error.errno in _LOST:
+        return str(error.strerror)
+    raise UserError(
+        f"{path}: cannot be read: {error.strerror}; mend the disk or permissions, and start again"
+    ) from None
 
 
 def find_checkpoint(path: str) -> Path:
@@ -100,12 +113,12 @@ def publish(staging: Path, final: Path, contents: Mapping[str, Any]) -> None:
     text = _canonical(contents)
     manifest = staging / MANIFEST
     manifest.write_text(json.dumps({**contents, "sha256": sha256(text.encode()).hexdigest()}, indent=1))
-    _sync(manifest)
-    _sync(staging)
+    sync(manifest)
+    sync(staging)
     if final.exists():  # of an attempt that this one supersedes
         set_aside(final, "superseded")
     staging.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def set_aside(folder: Path, why: str) -> Path:
@@ -124,10 +137,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if path.exists() and not path.is_file():
             raise Damaged(f"{path}: is no plain file")
         text = path.read_text(encoding="utf-8")
-    except PermissionError as error:
-        raise _not_permitted(error) from None
     except OSError as error:
-        raise Damaged(f"{path}: cannot be read: {error.strerror}") from None
+        raise Damaged(f"{path}: cannot be read: {why_lost(path, error)}") from None
     except UnicodeDecodeError as error:
         raise Damaged(f"{path}: is not UTF-8: {error}") from None
     try:
@@ -160,10 +171,20 @@ def damages(
             given_up.set()  # a Ctrl-C does not wait for the end of large files
 
 
-def verified(folder: Path, on_read: Callable[[int], object] = lambda count: None) -> list[str]:
-    """What is wrong with a whole checkpoint, a line each; none where it is good. on_read: as in damages."""
+def share(files: Mapping[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    """The files of a manifest that one rank of several verifies."""
+    return {name: files[name] for name in sorted(files)[rank::ranks]}
+
+
+def verified(
+    folder: Path, on_read: Callable[[int], object] = lambda count: None, *, rank: int = 0, ranks: int = 1
+) -> list[str]:
+    """What is wrong with a checkpoint, a rank's share of its files, a line each; none where it is good.
+
+    on_read: as in damages.
+    """
     try:
-        return damages(folder, read_manifest(folder)["files"], on_read)
+        return damages(folder, share(read_manifest(folder)["files"], rank, ranks), on_read)
     except Damaged as damage:
         return [str(damage)]
 
@@ -171,7 +192,8 @@ def verified(folder: Path, on_read: Callable[[int], object] = lambda count: None
 def prune(folder: Path, keep_latest_k: int) -> list[int]:
     """Remove all but the latest complete checkpoints (0 keeps all); return the steps removed.
 
-    Incomplete ones neither count nor go. The last one that a run can be resumed from stays.
+    Complete is what has all its files in their sizes: checksums would read every one of them at each save. Incomplete
+    ones neither count nor go. The last one that a run can be resumed from stays.
     """
     if keep_latest_k == 0:
         return []
@@ -198,8 +220,9 @@ def _checked_manifest(path: Path, contents: Any) -> dict[str, Any]:
     if stated != (found := sha256(_canonical(contents).encode()).hexdigest()):
         raise Damaged(f"{path}: expected SHA-256 {str(stated)[:12]}..., found {found[:12]}...: it was changed by hand")
     for key, kind in _KINDS.items():
-        if type(contents.get(key)) is not kind:
-            raise Damaged(f"{path}: expected {key} of type {kind.__name__}, found {contents.get(key)!r:.40}")
+        if type(value := contents.get(key)) is not kind or (isinstance(value, int) and value < 0):
+            least = ", at least 0" if kind is int else ""
+            raise Damaged(f"{path}: expected {key} of type {kind.__name__}{least}, found {value!r:.40}")
     if (final := _FINAL.fullmatch(path.parent.name)) and int(final[1]) != contents["step"]:
         raise Damaged(f"{path}: expected step {int(final[1])} by its folder's name, found {contents['step']}")
     _require_plain_files(path, contents["files"])
@@ -228,19 +251,12 @@ def _damage(path: Path, listed: Mapping[str, Any], on_read: Callable[[int], obje
             while count := handle.readinto(block):
                 digest.update(block[:count])
                 on_read(count)
-    except PermissionError as error:
-        raise _not_permitted(error) from None
     except FileNotFoundError:
         return f"{path}: {expected}, found no such file"
     except OSError as error:
-        return f"{path}: {expected}, cannot be read: {error.strerror}"
+        return f"{path}: {expected}, cannot be read: {why_lost(path, error)}"
     found = digest.hexdigest()
     return None if found == listed["xxh3_128"] else f"{path}: {expected}, found XXH3 {found[:12]}..."
-
-
-def _not_permitted(error: PermissionError) -> UserError:
-    """What may not be read is not bad: it is neither renamed nor passed over."""
-    return UserError(f"{error.filename}: cannot be read: {error.strerror}; change its permissions")
 
 
 def _require_plain_files(path: Path, files: Mapping[str, Any]) -> None:
@@ -254,11 +270,3 @@ def _require_plain_files(path: Path, files: Mapping[str, Any]) -> None:
 
 def _canonical(contents: Any) -> str:
     return json.dumps(contents, sort_keys=True, separators=(",", ":"))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

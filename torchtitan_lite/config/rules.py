@@ -86,6 +86,7 @@ def folders_stay_in_the_run_folder(config: JobConfig) -> None:
     for name, folder in (
         ("checkpoint.folder", config.checkpoint.folder),
         ("metrics.save_tb_folder", config.metrics.save_tb_folder),
+        ("comm.save_traces_folder", config.comm.save_traces_folder),
     ):
         path = PurePath(folder)
         if not folder.strip() or not path.parts or path.is_absolute() or ".." in path.parts:

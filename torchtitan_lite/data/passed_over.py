@@ -4,11 +4,11 @@ With them, which samples a step takes is still a function of its position alone.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.files import replace
 
 FILE = "passed_over.json"
 
@@ -59,26 +59,11 @@ def read_passed_over(folder: Path) -> list[tuple[int, int]]:
 def write_passed_over(folder: Path, ranges: Ranges) -> None:
     """In one move, and on the disk when it returns. Raises UserError."""
     try:
-        _write(folder, ranges)
+        replace(folder / FILE, json.dumps({"positions": ranges}))
     except OSError as error:
         raise UserError(
             f"{folder / FILE}: cannot be written: {error.strerror}; make room or mend the folder, and start again"
         ) from None
-
-
-def _write(folder: Path, ranges: Ranges) -> None:
-    path = folder / FILE
-    temporary = path.with_suffix(".json.partial")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(json.dumps({"positions": ranges}))
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.rename(path)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_range(entry: object) -> bool:

@@ -66,11 +66,18 @@ def tighten_timeouts(seconds: int, patient: dist.ProcessGroup) -> None:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def from_first_rank(value: Any) -> Any:
-    """The first rank's value, on every rank; collective."""
+def from_first_rank(value: Any, group: dist.ProcessGroup | None = None) -> Any:
+    """The first rank's value, on every rank; collective. group: of all ranks, where another is to wait."""
     shared = [value]
-    dist.broadcast_object_list(shared, src=0)
+    dist.broadcast_object_list(shared, src=0, group=group)
     return shared[0]
+
+
+def same_on_all_ranks(value: Any) -> bool:
+    """Whether every rank has this one's value; collective."""
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return all(other == value for other in every)
 
 
 def is_restart() -> bool:
