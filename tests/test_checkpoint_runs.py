@@ -304,6 +304,18 @@ def test_a_checkpoint_of_another_run_is_refused(
     assert {path: path.read_bytes() for path in sorted(_checkpoint(folder, 4).iterdir())} == before
 
 
+def test_another_seed_or_model_does_not_resume_a_run(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    _run(pool, 1, recipe, tmp_path / "run", "--training.steps=1")
+    for override, message in {
+        "--debug.seed=7": "debug.seed = 42, this one 7",
+        "--model.flavor=tied": "model.tied = False, this one True",
+        "--training.seq_len=16": "training.seq_len = 32, this one 16",
+        "--data.validation_fraction=0.3": "data = ",
+        "--checkpoint.folder=elsewhere": "checkpoint.folder = checkpoint, this one elsewhere",
+    }.items():
+        assert message in _refused(pool, 1, recipe, tmp_path / "run", "--training.steps=2", override)
+
+
 def test_a_checkpoint_copied_from_another_run_is_refused(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
     """The run folder's config.json is this run's own; the checkpoint says what it was saved with."""
     _run(pool, 2, recipe, tmp_path / "other", "--training.steps=4", "--debug.seed=7")

@@ -9,6 +9,7 @@ from tests.ranks import RankPool
 from tests.test_trainer import _run
 from tests.tiny import MOE, write_recipe
 
+ROOT = Path(__file__).parents[1]
 _EP = "--parallelism.expert_parallel_degree=2"
 _BF16 = "--training.mixed_precision_param=bfloat16"
 
@@ -72,3 +73,19 @@ def test_a_mixture_trains_in_bfloat16_on_shared_experts(pool: RankPool, recipe: 
     ):
         lines = _run(pool, ranks, recipe, tmp_path / name, *mesh, _BF16, "--training.steps=4")
         assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in one], rel=5e-3), name
+
+
+def test_the_shipped_recipe_resumes_with_its_experts_on_fewer_ranks(
+    pool: RankPool, tmp_path: Path, cache: Path
+) -> None:
+    """ep 4, then ep 2, with the losses of one process."""
+    recipe = ROOT / "train_configs" / "qwen3_moe_debug.toml"
+    settings = (f"--data.cache_folder={cache}", "--training.global_batch_size=4", "--training.seq_len=64")
+    settings += ("--lr_scheduler.total_steps=4", "--validation.enable=false", "--metrics.enable_tensorboard=false")
+    one = _run(pool, 1, recipe, tmp_path / "one", *settings, "--training.steps=4")
+    for ranks, steps in ((4, 2), (2, 4)):
+        mesh = (f"--parallelism.expert_parallel_degree={ranks}", f"--training.steps={steps}")
+        parts = _run(pool, ranks, recipe, tmp_path / "parts", *settings, *mesh)
+    assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in one], rel=2e-6)
+    assert [line["moe_tokens_per_expert"] for line in parts] == [line["moe_tokens_per_expert"] for line in one]
+    assert [line["attempt"] for line in parts] == [1, 1, 2, 2]

@@ -6,7 +6,7 @@ from typing import Any
 
 from tests.tiny import SPEC as TINY
 
-SECONDS = 0.15
+SECONDS = 0.2
 
 
 def _build(*args: Any, **kwargs: Any) -> Any:

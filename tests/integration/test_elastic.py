@@ -97,37 +97,27 @@ def _steps_of(folder: Path, name: str) -> list[int]:
     return [event["step"] for event in events(folder, name)]
 
 
-def test_a_node_that_is_lost_and_one_that_joins(pool: RankPool, recipe: Path, tmp_path: Path, endpoint: str) -> None:
+def test_nodes_are_lost_join_and_leave(pool: RankPool, recipe: Path, tmp_path: Path, endpoint: str) -> None:
     folder = tmp_path / "run"
     first, second = (_node(recipe, folder, endpoint, name) for name in ("first", "second"))
     _until(folder, 5)
-    assert _worlds(folder) == [2]
     os.killpg(second.pid, signal.SIGKILL)
     second.wait(_TIMEOUT_S)
-    assert wait_until(lambda: _worlds(folder)[1:] == [1], _TIMEOUT_S), _logs(folder)
-    resumed_at = _steps(folder)
-    _until(folder, resumed_at + 3)
+    assert wait_until(lambda: _worlds(folder) == [2, 1], _TIMEOUT_S), _logs(folder)
+    _until(folder, _steps(folder) + 3)
     third = _node(recipe, folder, endpoint, "third")
-    assert _end_of([first, third], folder) == [0, 0], _logs(folder)
-    assert _worlds(folder) == [2, 1, 2], _logs(folder)
-    _require_undisturbed(pool, recipe, folder)
-    # A node that joins costs no step: the others save before they form anew.
-    assert _steps_of(folder, "resume")[1] == _steps_of(folder, "preemption")[0]
-
-
-def test_a_node_that_is_told_to_leave_costs_no_step(
-    pool: RankPool, recipe: Path, tmp_path: Path, endpoint: str
-) -> None:
-    folder = tmp_path / "run"
-    first, second = (_node(recipe, folder, endpoint, name) for name in ("first", "second"))
-    _until(folder, 5)
-    second.send_signal(signal.SIGTERM)
-    assert second.wait(_TIMEOUT_S) == 143
+    assert wait_until(lambda: _worlds(folder) == [2, 1, 2], _TIMEOUT_S), _logs(folder)
+    _until(folder, _steps(folder) + 3)
+    third.send_signal(signal.SIGTERM)
+    assert third.wait(_TIMEOUT_S) == 143
     assert _end_of([first], folder) == [0], _logs(folder)
-    assert _worlds(folder) == [2, 1]
+    assert _worlds(folder) == [2, 1, 2, 1]
     _require_undisturbed(pool, recipe, folder)
-    assert _steps_of(folder, "resume") == _steps_of(folder, "preemption")
-    assert len(read_lines(folder / "samples.jsonl")) == 60, "no step was run twice"
+    # A node that joins or is told to leave costs no step: the others save before they form anew.
+    joined, left = _steps_of(folder, "preemption")
+    assert _steps_of(folder, "resume")[1:] == [joined, left]
+    ran = [line["step"] for line in read_lines(folder / "samples.jsonl")]
+    assert ran[ran.index(joined) + 1 :] == list(range(joined + 1, 61)), "no step was run twice"
 
 
 @pytest.mark.parametrize(
