@@ -42,7 +42,6 @@ def _suspended() -> None:
 WAYS: dict[str, tuple[Any, str, Callable[[], Any]]] = {
     "loader": (TrainLoader, "next_step", _sleep),
     "suspended": (TrainLoader, "next_step", _suspended),
-    "forward": (WholeModel, "_loss_sum", _sleep),
     "stopped": (WholeModel, "forward_backward", _stop),
     "parted": (trainer, "clip_by_global_norm", lambda: dist.barrier()),
 }

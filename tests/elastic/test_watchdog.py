@@ -23,7 +23,7 @@ from torchtitan_lite.observability.sinks import read_lines
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "tests/elastic/hanging.py"
-HANGS = ["loader", "forward", "stopped", "parted"]
+HANGS = ["loader", "stopped", "parted"]
 
 
 def _recipe(folder: Path, corpus: Path, cache: Path, **sections: dict[str, object]) -> Path:
@@ -64,8 +64,6 @@ TOLD = {
     "loader": r"Rank 0 waits in all_reduce \(valid_counts, torchtitan_lite/trainable.py:\d+\); rank 1 did not arrive: "
     r"it has been loading data for \d s \(_sleep, tests/elastic/hanging.py:\d+, host \S+\). This is a stall of the "
     r"data loader, not of communication\.",
-    "forward": r"Rank 0 waits in FSDP's all_gather of parameters \(\w+, torchtitan_lite/\S+:\d+\); rank 1 did not "
-    r"arrive: it has been in forward and backward for \d s \(_sleep, .*This is not a stall of communication",
     "stopped": r"Rank 0 waits in \S+ \(.*\); rank 1 did not arrive: nothing was heard of it for \d s, last in "
     r'"[a-z ]+" of step \d \(host \S+\)\. A process that is silent is stopped or lost',
     "parted": r"No rank is missing, but they are in different collectives: rank 0 waits in all_reduce "
@@ -93,7 +91,7 @@ def test_torchrun_starts_again_and_the_run_is_finished(chain: Chain) -> None:
 def test_a_hang_leaves_an_event_and_stacks(chain: Chain) -> None:
     stalls = [event for event in chain.events if event["event"] == "stall"]
     assert [event["report"] for event in stalls] == chain.reports
-    assert [event["attempt"] for event in stalls] == [1, 2, 3, 4]
+    assert [event["attempt"] for event in stalls] == [1, 2, 3]
     phases = [[account["phase"] for account in event["ranks"]] for event in stalls]
     assert phases[0] == ["forward and backward", "loading data"]
     folder = chain.folder / "comm_traces" / f"step-{stalls[0]['step']}"
