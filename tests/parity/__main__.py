@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.corpus import write_corpus
-from tests.parity.cases import BFLOAT16, CASES
+from tests.parity.cases import BFLOAT16, CASES, THOROUGH
 from tests.parity.report import write_section
 from tests.parity.runner import (
     BF16_LIMITS,
@@ -50,7 +50,9 @@ def main() -> int:
         pool = RankPool(8)
         alone = Alone(pool, recipe)
         try:
-            for case in (case for case in [*CASES, *BFLOAT16] if options.only in f"{case.model} {case.name}"):
+            for case in (
+                case for case in [*CASES, *THOROUGH, *BFLOAT16] if options.only in f"{case.model} {case.name}"
+            ):
                 started = time.perf_counter()
                 limits = BF16_LIMITS if case in BFLOAT16 else LIMITS
                 difference = compare(run_case(pool, recipe, case), alone.of(case))
