@@ -170,7 +170,7 @@ def _without_privileges(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_checkpoint_without_permission_is_named_and_left_alone(recipe: Path, tmp_path: Path) -> None:
     assert _train(str(recipe), "--training.steps=2", NPROC="1").returncode == 0
     folder = tmp_path / "run" / "checkpoint"
-    for what in ("", "step-00000002/manifest.json", "step-00000002/rank-00000.safetensors"):
+    for what in ("", "step-00000002", "step-00000002/manifest.json", "step-00000002/rank-00000.safetensors"):
         path = folder / what
         path.chmod(0)
         try:
@@ -224,6 +224,7 @@ def _rest_of_output(process: "subprocess.Popen[str]", within: float) -> str:
     ("sent", "to", "code"),
     [
         (signal.SIGINT, "launcher", 130),
+        (signal.SIGUSR1, "launcher", 138),
         (signal.SIGUSR1, "rank", 138),
     ],
 )

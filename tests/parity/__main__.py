@@ -44,15 +44,14 @@ def main() -> int:
     logging.disable(logging.WARNING)
     rows: list[tuple[Case, Difference]] = []
     failures = 0
+    cases = [case for case in [*CASES, *THOROUGH, *BFLOAT16] if options.only in f"{case.model} {case.name}"]
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
         folder = Path(name)
         recipe = base_recipe(folder, parity_corpus(folder), folder / "cache")
         pool = RankPool(8)
         alone = Alone(pool, recipe)
         try:
-            for case in (
-                case for case in [*CASES, *THOROUGH, *BFLOAT16] if options.only in f"{case.model} {case.name}"
-            ):
+            for case in cases:
                 started = time.perf_counter()
                 limits = BF16_LIMITS if case in BFLOAT16 else LIMITS
                 difference = compare(run_case(pool, recipe, case), alone.of(case))
