@@ -53,6 +53,7 @@ def write_recipe(path: Path, corpus: Path, cache: Path, **sections: dict[str, ob
         },
         "optimizer": {"lr": 5e-3},
         "lr_scheduler": {"warmup_steps": 2, "total_steps": 20},
+        "activation_checkpoint": {"mode": "none"},
         "metrics": {"log_freq": 1, "enable_tensorboard": False},
         "data": {"cache_folder": str(cache)},
     }

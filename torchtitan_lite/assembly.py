@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite.config.schema import JobConfig
+from torchtitan_lite.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_lite.distributed.compile import apply_compile
 from torchtitan_lite.distributed.context_parallel import SequenceShare, apply_context_parallel
 from torchtitan_lite.distributed.data_parallel import DataPlan, apply_data_parallel
@@ -123,6 +124,8 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
         _route(recipe, module, mesh, device)
         if axes.ep is not None:
             apply_expert_parallel(module, axes.ep, plan.experts, halves=config.moe.overlap_halves)
+    # Around what the block has become; inside its graph, where the compiler knows it.
+    apply_activation_checkpoint(module, plan, config.activation_checkpoint)
     # After what changes a block's graph, before FSDP, whose hooks stay outside the graphs.
     if config.compile.enable:
         apply_compile(module, plan, config.compile.backend)

@@ -140,6 +140,15 @@ def compile_needs_blocks(case: Case) -> None:
         )
 
 
+def checkpointing_needs_blocks(case: Case) -> None:
+    mode = case.config.activation_checkpoint.mode
+    if mode != "none" and not any(unit[0].endswith(".*") for unit in case.plan.fsdp_units):
+        raise UserError(
+            f'activation_checkpoint.mode = "{mode}" works on blocks, and the plan of {case.model} names none (as '
+            'layers.* in fsdp_units); set it to "none"'
+        )
+
+
 def reshard_needs_shards(case: Case) -> None:
     policy = case.config.parallelism.fsdp_reshard_after_forward
     shards = case.dims.dp_shard * case.dims.cp
@@ -164,6 +173,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     split_backward_needs_whole_parameters,
     split_backward_is_not_compiled,
     compile_needs_blocks,
+    checkpointing_needs_blocks,
     reshard_needs_shards,
 )
 
@@ -177,6 +187,7 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
     experts: whether the model has some.
     """
     parallelism, checkpoint, faults = config.parallelism, config.checkpoint, config.faults
+    checkpointing = config.activation_checkpoint
     no_experts, one_rank = "on a model without experts", "while parallelism.expert_parallel_degree = 1"
     needs: dict[str, _Needs] = {
         "parallelism": (
@@ -195,6 +206,19 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
                 "while parallelism.pipeline_parallel_degree = 1",
                 "pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "
                 "pipeline_parallel_layers_per_stage module_fqns_per_model_part",
+            ),
+        ),
+        "activation_checkpoint": (
+            (checkpointing.mode == "selective", 'without activation_checkpoint.mode = "selective"', "selective_ac_option"),
+            (
+                checkpointing.selective_ac_option == "op",
+                'without activation_checkpoint.selective_ac_option = "op"',
+                "per_op_sac_force_recompute_mm_shapes_by_fqns",
+            ),
+            (
+                checkpointing.mode == "memory_budget",
+                'without activation_checkpoint.mode = "memory_budget"',
+                "memory_budget",
             ),
         ),
         "compile": ((config.compile.enable, "while compile.enable = false", "backend"),),

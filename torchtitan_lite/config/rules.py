@@ -186,6 +186,25 @@ def replay_needs_determinism(config: JobConfig) -> None:
         raise UserError(f"debug.replay_steps names step {wrong[0]}, and training.steps = {steps}; valid: 1 to {steps}")
 
 
+def checkpointing_option_is_op_or_a_number(config: JobConfig) -> None:
+    section = config.activation_checkpoint
+    option = section.selective_ac_option
+    if option != "op" and not (option.isdecimal() and int(option) > 0):
+        raise UserError(
+            f'activation_checkpoint.selective_ac_option = "{option}": expected "op" or a number n, as in "2", for '
+            "every n-th block"
+        )
+
+
+def memory_budget_is_the_compilers(config: JobConfig) -> None:
+    compiler = config.compile
+    if config.activation_checkpoint.mode == "memory_budget" and (not compiler.enable or compiler.backend == "eager"):
+        raise UserError(
+            'activation_checkpoint.mode = "memory_budget" is kept by the compiler: set compile.enable = true and '
+            'compile.backend = "inductor", or choose "selective" or "full"'
+        )
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     only_a_text_dataset_takes_a_path,
@@ -204,4 +223,6 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     spikes_are_skipped_with_what_is_no_number,
     rolling_back_needs_checkpoints,
     replay_needs_determinism,
+    checkpointing_option_is_op_or_a_number,
+    memory_budget_is_the_compilers,
 )

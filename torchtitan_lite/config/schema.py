@@ -12,6 +12,8 @@ from torchtitan_lite.config.running import Comm as Comm
 from torchtitan_lite.config.running import Elastic as Elastic
 from torchtitan_lite.config.running import Faults as Faults
 from torchtitan_lite.config.setting import setting
+from torchtitan_lite.config.techniques import ActivationCheckpoint as ActivationCheckpoint
+from torchtitan_lite.config.techniques import Compile as Compile
 
 
 @dataclass(frozen=True)
@@ -293,17 +295,6 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Compile:
-    """torch.compile."""
-
-    enable: bool = False
-    """Compile each block of the model; one graph serves them all."""
-
-    backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
-    """Compiler of the graphs; `aot_eager` and `eager` trace and run them without one."""
-
-
-@dataclass(frozen=True)
 class Debug:
     """Reproducibility, and what benchmarks change."""
 
@@ -339,5 +330,6 @@ class JobConfig:
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)
     data: Data = field(default_factory=Data)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
     debug: Debug = field(default_factory=Debug)

@@ -3,7 +3,7 @@
 from torch import nn
 
 from torchtitan_lite.distributed.plans import ParallelPlan
-from torchtitan_lite.distributed.units import matches, unit_modules
+from torchtitan_lite.distributed.units import block_patterns, matches, unit_modules
 
 
 def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
@@ -12,7 +12,7 @@ def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
     Of a block with a mixture of experts its attention: how many tokens an expert has is no part of a graph.
     """
     mixtures = {module for name, module in model.named_modules() if plan.experts and matches(name, plan.experts.moe)}
-    for pattern in (unit[0] for unit in plan.fsdp_units if unit[0].endswith(".*")):
+    for pattern in block_patterns(plan):
         for (block,) in unit_modules(model, ((pattern,),)):
             children = list(block.children())
             if mixtures.isdisjoint(children):

@@ -20,6 +20,11 @@ def unit_modules(model: nn.Module, units: tuple[tuple[str, ...], ...]) -> Iterat
             yield modules
 
 
+def block_patterns(plan: ParallelPlan) -> list[str]:
+    """Patterns of the modules that repeat, as in `layers.*`."""
+    return [unit[0] for unit in plan.fsdp_units if unit[0].endswith(".*")]
+
+
 def require_names(model: nn.Module, plan: ParallelPlan, units: Sequence[str]) -> None:
     """Raise ValueError where a plan or a cut names what the whole `model` does not have: it would be left alone."""
     modules = dict(model.named_modules())

@@ -92,7 +92,9 @@ class Routing(nn.Module):
             z = (weights_B * logits_BLE.logsumexp(-1).square().sum(-1)).sum() / tokens
         real_B = (weights_B > 0).to(torch.float64)
         dropped_B = (experts_BLK == experts).sum((1, 2)).to(torch.float64)
-        counted = torch.cat((real_B @ counts_BE.double(), torch.stack((real_B @ dropped_B, aux.detach(), z.detach()))))
+        # No matrix products: selective checkpointing would keep the result, which torch squeezes in place.
+        counts_E, dropped = (real_B[:, None] * counts_BE).sum(0), (real_B * dropped_B).sum()
+        counted = torch.cat((counts_E, torch.stack((dropped, aux.detach(), z.detach()))))
         return self.rules.aux_loss_coeff * aux + self.rules.z_loss_coeff * z, counted
 
     def _in_turn(self, scores_BLE: Tensor) -> Tensor:
