@@ -23,10 +23,11 @@ from torchtitan_lite.distributed.mesh import axis, data_axes, expert_axes, seque
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.distributed.plans import ParallelPlan, mixture_styles
-from torchtitan_lite.distributed.tensor_parallel import apply_tensor_parallel, enable_async
+from torchtitan_lite.distributed.tensor_parallel import Logits, apply_tensor_parallel, enable_async
 from torchtitan_lite.distributed.units import matches, require_names, take_out_other_stages
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.spec import ModelSpec
+from torchtitan_lite.optim.chunked_loss import apply_chunked_loss
 from torchtitan_lite.trainable import Place, TrainableModel, WholeModel
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) 
         device,
         config.training.seq_len,
         share,
+        config.training.loss_chunks > 1,
         counts=at["tp"] == at["cp"] == at["pp"] == 0,
         reports=at["tp"] == 0,
     )
@@ -111,6 +113,8 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
     if context is not None and plan.context is not None:
         method, seq_len = config.parallelism.context_parallel_rotate_method, config.training.seq_len
         apply_context_parallel(module, context, plan.context, method, seq_len)
+    if config.training.loss_chunks > 1 and plan.head is not None:
+        apply_chunked_loss(module, plan.head, config.training.loss_chunks)
     # Splits matrices, before FSDP shards what is left of them.
     if tensor is not None and plan.tensor is not None:
         if config.parallelism.enable_async_tensor_parallel:
@@ -118,7 +122,7 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
         mixture = mixture_styles(plan.experts) if plan.experts else {}
         # First in order, where the first that matches counts, and last in value.
         styles = {**mixture, **plan.tensor.styles, **mixture}
-        apply_tensor_parallel(module, tensor, styles, loss_parallel=not config.parallelism.disable_loss_parallel)
+        apply_tensor_parallel(module, tensor, styles, logits=_logits(config))
     # Shares out the matrices that tensor parallelism has left apart, before FSDP shards each.
     if plan.experts is not None:
         _route(recipe, module, mesh, device)
@@ -148,6 +152,12 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
         _keep_buffers_on(module, device)
     initialize(module, config.debug.seed, lambda name: recipe.spec.initial(name, recipe.args))
     return module
+
+
+def _logits(config: JobConfig) -> Logits:
+    if config.training.loss_chunks > 1:
+        return "none"
+    return "gathered" if config.parallelism.disable_loss_parallel else "split"
 
 
 def _route(recipe: Recipe, module: nn.Module, mesh: DeviceMesh, device: torch.device) -> None:
@@ -206,5 +216,8 @@ def _edges(recipe: Recipe, stage: int) -> tuple[Tensor, Tensor]:
     dtype = getattr(torch, training.mixed_precision_param)
     # With a gradient: that is how torch learns that one comes back.
     hidden = torch.empty((rows[0], rows[1] // dims.tp, recipe.args.dim), dtype=dtype, device="meta", requires_grad=True)
-    logits = torch.empty((*rows, recipe.args.vocab_size), dtype=dtype, device="meta", requires_grad=True)
-    return tokens if stage == 0 else hidden, logits if stage == len(recipe.pipeline.stages) - 1 else hidden
+    if training.loss_chunks > 1:
+        output = torch.empty((), device="meta", requires_grad=True)
+    else:
+        output = torch.empty((*rows, recipe.args.vocab_size), dtype=dtype, device="meta", requires_grad=True)
+    return tokens if stage == 0 else hidden, output if stage == len(recipe.pipeline.stages) - 1 else hidden

@@ -149,6 +149,20 @@ def checkpointing_needs_blocks(case: Case) -> None:
         )
 
 
+def chunked_loss_needs_a_head(case: Case) -> None:
+    chunks = case.config.training.loss_chunks
+    if chunks > 1 and case.plan.head is None:
+        raise UserError(
+            f"training.loss_chunks = {chunks}: the plan of {case.model} names no head, the module that makes logits; "
+            "set it to 1"
+        )
+    if chunks > 1 and case.config.parallelism.disable_loss_parallel:
+        raise UserError(
+            f"training.loss_chunks = {chunks} makes no logits that parallelism.disable_loss_parallel = true could "
+            "gather; set one of them back"
+        )
+
+
 def reshard_needs_shards(case: Case) -> None:
     policy = case.config.parallelism.fsdp_reshard_after_forward
     shards = case.dims.dp_shard * case.dims.cp
@@ -174,6 +188,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     split_backward_is_not_compiled,
     compile_needs_blocks,
     checkpointing_needs_blocks,
+    chunked_loss_needs_a_head,
     reshard_needs_shards,
 )
 

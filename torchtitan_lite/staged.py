@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.distributed.pipeline import apply_pipeline_parallel, forward_only
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
-from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
+from torchtitan_lite.optim.loss import IGNORE
 from torchtitan_lite.trainable import Place, TrainableModel
 
 if TYPE_CHECKING:
@@ -69,16 +69,18 @@ class StagedModel(TrainableModel):
         given = {"documents": self.on_device(torch.cat(documents))} if documents else {}
         if samples is not None and self.balance is not None:
             given["weights_B"] = torch.cat([self.sample_weights(batch, samples) for batch in batches])
+        if labels is not None and self.place.gives_loss:
+            given["labels"] = labels
         losses: list[Tensor] = []
         call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
         if not losses:
             return torch.zeros((), device=self.place.device)
         return torch.stack(losses).detach().sum()
 
-    def _microbatch_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return token_loss_sum(logits, labels) / self._divisor
+    def _microbatch_loss(self, output: Tensor, labels: Tensor) -> Tensor:
+        return self.loss_sum(output, labels) / self._divisor
 
     def _with_arguments(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, self.arguments(kwargs.get("documents"), kwargs.get("weights_B"))
+        return args, self.arguments(kwargs.get("documents"), kwargs.get("weights_B"), kwargs.get("labels"))

@@ -26,6 +26,7 @@ class Place:
     """What this rank has of a batch and of the loss.
 
     device: where it computes. seq_len: tokens of a whole sequence. share: its part of each sequence.
+    gives_loss: whether the model takes labels and gives the sum of their losses, in the place of logits.
     counts: whether it counts the labels of its batches, of which other ranks have copies. reports: whether its loss
     is a part of the sum, and no copy of another rank's.
     """
@@ -33,6 +34,7 @@ class Place:
     device: torch.device
     seq_len: int
     share: SequenceShare
+    gives_loss: bool
     counts: bool
     reports: bool
 
@@ -91,12 +93,19 @@ class TrainableModel(ABC):
         """This rank's positions of whole sequences [batch, seq], on its device."""
         return self.on_device(rows if self._whole else rows[:, self._rows])
 
-    def arguments(self, documents: Tensor | None, weights_B: Tensor | None) -> dict[str, Tensor | None]:
+    def arguments(
+        self, documents: Tensor | None, weights_B: Tensor | None, labels: Tensor | None
+    ) -> dict[str, Tensor | None]:
         """What a model's forward takes beside tokens; documents: whole sequences [batch, seq]; weights_B: as from
-        sample_weights."""
+        sample_weights; labels: this rank's part, used where the model gives the loss."""
         mask = None if documents is None else document_mask(self.on_device(documents), self._queries)
         routing = {} if weights_B is None else {"weights_B": weights_B}
-        return {"positions_L": self._positions, "mask": mask, **routing}
+        loss = {"labels": labels} if self.place.gives_loss else {}
+        return {"positions_L": self._positions, "mask": mask, **routing, **loss}
+
+    def loss_sum(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Of what the model's forward gives."""
+        return output if self.place.gives_loss else token_loss_sum(output, labels)
 
     def on_device(self, host: Tensor) -> Tensor:
         if host.device.type == self.place.device.type:
@@ -149,5 +158,6 @@ class WholeModel(TrainableModel):
 
     def _loss_sum(self, batch: Batch, weights_B: Tensor | None = None) -> Tensor:
         (module,) = self.parts
-        logits = module(self.part_of(batch.tokens), **self.arguments(batch.documents, weights_B))
-        return token_loss_sum(logits, self.part_of(batch.labels))
+        labels = self.part_of(batch.labels)
+        output = module(self.part_of(batch.tokens), **self.arguments(batch.documents, weights_B, labels))
+        return self.loss_sum(output, labels)

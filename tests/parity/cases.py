@@ -26,6 +26,7 @@ _KEYS = {
     "offload": "training.enable_cpu_offload",
     "compiled": "compile.enable",
     "backend": "compile.backend",
+    "loss_chunks": "training.loss_chunks",
     "ac": "activation_checkpoint.mode",
     "kept": "activation_checkpoint.selective_ac_option",
     "ep": "parallelism.expert_parallel_degree",

@@ -174,7 +174,7 @@ def _unsummed(style: str) -> AbstractContextManager[Any]:
         from torch.distributed.tensor.parallel import ColwiseParallel
 
         output = ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False)
-        return lambda loss_parallel: {**right(loss_parallel), style: Unsummed, "output": lambda: output}
+        return lambda logits: {**right(logits), style: Unsummed, "output": lambda: output}
 
     return replaced(f"{PRODUCT}.distributed.tensor_parallel._styles", styles)
 

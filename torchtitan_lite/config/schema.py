@@ -67,6 +67,10 @@ class Training:
     seq_len: int = setting(2048, minimum=1)
     """Tokens a sample is trained on; a sample holds one more, for the last label."""
 
+    loss_chunks: int = setting(1, minimum=1)
+    """Parts of a micro-batch's tokens whose logits exist at one time. 1: all logits at once. More: output matrix and
+    loss are one, and neither logits nor their gradients are ever whole."""
+
     max_norm: float = setting(1.0, above=0.0, infinite=True)
     """Gradients are scaled down to this global L2 norm; inf leaves them as they are."""
 

@@ -36,8 +36,8 @@ def apply_pipeline_parallel(
 ) -> Schedule:
     """The schedule over this rank's `parts` (one a stage, in order); `mesh` has the one axis of pipeline ranks.
 
-    edges: stage to what goes in and comes out for one micro-batch, tensors on meta. loss: of a micro-batch's logits
-    and labels, already divided by what divides the step's loss.
+    edges: stage to what goes in and comes out for one micro-batch, tensors on meta. loss: of what the last
+    stage gives and labels, already divided by what divides the step's loss.
     """
     rank, count = mesh.get_local_rank(), len(plan.stages)
     stages = []

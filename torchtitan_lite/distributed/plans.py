@@ -62,6 +62,9 @@ class ParallelPlan:
     model as a whole.
     stages: whether the model can be cut into pipeline stages: its top-level modules may be None, and it runs those
     that are there (the units of a cut are the keys of ModelArgs.flops_by_module).
+    head: the top-level module that maps hidden states to logits, where the model's forward takes `labels` and hands them
+    on to it: what takes its place gives the loss and no logits. Its `weight` is the matrix; it has none where a forward
+    hands that to it too. None where the model has no such module.
     without: technique (tensor, context, expert, pipeline) to the reason why this model has no plan for it.
     """
 
@@ -70,6 +73,7 @@ class ParallelPlan:
     context: ContextPlan | None = None
     experts: ExpertPlan | None = None
     stages: bool = False
+    head: str | None = None
     without: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -7,11 +7,11 @@ feed-forward and scatters the sums after each: two all-gathers and two reduce-sc
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -28,16 +28,20 @@ from torchtitan_lite.distributed.units import matches
 _SEQUENCE, _VOCABULARY = Shard(1), Shard(-1)
 
 
+# Split over the vocabulary, as DTensors; gathered on every rank; or none, where the output takes labels and gives a
+# loss.
+Logits = Literal["split", "gathered", "none"]
+
+
 def apply_tensor_parallel(
-    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, TensorStyle], *, loss_parallel: bool
+    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, TensorStyle], *, logits: Logits
 ) -> None:
     """Split `model` (on meta) in place over the one axis of `mesh`. On a pipeline stage, patterns of modules that
     other stages hold match nothing.
 
-    styles: as in TensorPlan, the first that matches counts. loss_parallel: logits stay split over the vocabulary, as
-    DTensors; else they are gathered.
+    styles: as in TensorPlan, the first that matches counts. logits: see Logits.
     """
-    ways = _styles(loss_parallel)
+    ways = _styles(logits)
     apart: set[nn.Parameter] = set()
     for name, module in list(model.named_modules()):
         style = style_of(name, styles)
@@ -79,11 +83,30 @@ def style_of(name: str, styles: Mapping[str, str]) -> str | None:
     return None
 
 
-def _styles(loss_parallel: bool) -> dict[str, Callable[[], ParallelStyle]]:
+def _styles(logits: Logits) -> dict[str, Callable[[], ParallelStyle]]:
     """What each TensorStyle but "apart" does to a module's weights and to what goes in and out. Modules "apart" are
     sharded over other axes, to which these ranks are some of many."""
-    logits = _VOCABULARY if loss_parallel else Replicate()
-    return {
+    placement, split = (Replicate() if logits == "gathered" else _VOCABULARY), logits == "split"
+    output: dict[str, Callable[[], ParallelStyle]] = {
+        "output": lambda: ColwiseParallel(
+            input_layouts=_SEQUENCE, output_layouts=placement, use_local_output=not split
+        ),
+        "tied_output": lambda: PrepareModuleInputOutput(
+            input_layouts=(_SEQUENCE, None),
+            desired_input_layouts=(Replicate(), None),
+            output_layouts=_VOCABULARY,
+            desired_output_layouts=placement,
+            use_local_output=not split,
+        ),
+    }
+    if logits == "none":
+        output = {
+            "output": _LossOutput,
+            "tied_output": lambda: PrepareModuleInput(
+                input_layouts=(_SEQUENCE, None), desired_input_layouts=(Replicate(), None)
+            ),
+        }
+    return output | {
         # Rows of the table are split over the vocabulary; a rank looks up its own, the sum scatters the sequence.
         "embedding": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE),
         # Each rank norms its part of the sequence; the weight is whole, its gradient is summed.
@@ -94,16 +117,6 @@ def _styles(loss_parallel: bool) -> dict[str, Callable[[], ParallelStyle]]:
         "rows": lambda: RowwiseParallel(output_layouts=_SEQUENCE),
         # Norms the heads that a rank holds; as with "sequence", the weight's gradient is summed.
         "head_norm": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
-        "output": lambda: ColwiseParallel(
-            input_layouts=_SEQUENCE, output_layouts=logits, use_local_output=not loss_parallel
-        ),
-        "tied_output": lambda: PrepareModuleInputOutput(
-            input_layouts=(_SEQUENCE, None),
-            desired_input_layouts=(Replicate(), None),
-            output_layouts=_VOCABULARY,
-            desired_output_layouts=logits,
-            use_local_output=not loss_parallel,
-        ),
         # Works on its part of the sequence alone.
         "local": lambda: PrepareModuleInput(
             input_layouts=_SEQUENCE, desired_input_layouts=_SEQUENCE, use_local_output=True
@@ -111,6 +124,17 @@ def _styles(loss_parallel: bool) -> dict[str, Callable[[], ParallelStyle]]:
         # Whole on each rank; the module takes its weights as expert_parallel.local gives them.
         "replicated": _Replicated,
     }
+
+
+class _LossOutput(ParallelStyle):
+    """A matrix that is split by rows in a module that makes a plain loss of the whole sequence."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def split(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            part.weight = nn.Parameter(distribute_tensor(part.weight, mesh, [Shard(0)], src_data_rank=None))
+
+        gathered = PrepareModuleInput(input_layouts=_SEQUENCE, desired_input_layouts=Replicate())
+        return gathered._apply(distribute_module(module, device_mesh, split), device_mesh)
 
 
 class _Replicated(ParallelStyle):

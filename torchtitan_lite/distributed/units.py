@@ -32,6 +32,7 @@ def require_names(model: nn.Module, plan: ParallelPlan, units: Sequence[str]) ->
     patterns |= dict.fromkeys(plan.tensor.styles if plan.tensor else (), "tensor styles")
     patterns |= {plan.context.attention: "attention"} if plan.context else {}
     patterns |= {plan.experts.moe: "experts"} if plan.experts else {}
+    patterns |= {plan.head: "head"} if plan.head else {}
     patterns |= dict.fromkeys(units if plan.stages else (), "flops_by_module")
     for pattern, where in patterns.items():
         if not any(matches(name, pattern) for name in modules):

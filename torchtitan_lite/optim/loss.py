@@ -25,25 +25,39 @@ def token_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-class _ShardedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of logits of which each rank of `group` holds an equal part of the vocabulary, in rank order.
+def shifted_softmax(
+    logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss (sum over valid tokens), the softmax, and of each label its column and whether it is among these.
 
-    Three numbers a token are communicated: the largest logit, the sum of exponentials, the label's logit.
+    logits_NV: float32, of which each rank of `group` holds an equal part of the vocabulary, in rank order; None where
+    they are whole. Three numbers a token are communicated: the largest logit, the sum of exponentials, the label's
+    logit.
     """
+    largest_N = _over(logits_NV.amax(dim=-1), "max", group)
+    shifted_NV = logits_NV - largest_N[:, None]
+    local_N = labels_N - (0 if group is None else group.rank() * logits_NV.shape[-1])
+    here_N = (local_N >= 0) & (local_N < logits_NV.shape[-1])
+    column_N = local_N.where(here_N, 0)
+    label_logit_N = shifted_NV.gather(-1, column_N[:, None])[:, 0].where(here_N, 0.0)
+    exp_NV = shifted_NV.exp_()
+    sum_N, label_logit_N = _over(torch.stack((exp_NV.sum(dim=-1), label_logit_N)), "sum", group).unbind(0)
+    loss = (sum_N.log() - label_logit_N).where(labels_N != IGNORE, 0.0).sum()
+    return loss, exp_NV.div_(sum_N[:, None]), column_N, here_N
+
+
+def _over(x: Tensor, op: str, group: dist.ProcessGroup | None) -> Tensor:
+    return x if group is None else all_reduce(x, op, group)
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """As shifted_softmax."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup) -> Tensor:
-        largest_N = all_reduce(logits_NV.amax(dim=-1), "max", group)
-        shifted_NV = logits_NV - largest_N[:, None]
-        local_N = labels_N - group.rank() * logits_NV.shape[-1]
-        here_N = (local_N >= 0) & (local_N < logits_NV.shape[-1])
-        column_N = local_N.where(here_N, 0)
-        label_logit_N = shifted_NV.gather(-1, column_N[:, None])[:, 0].where(here_N, 0.0)
-        exp_NV = shifted_NV.exp_()
-        sum_N, label_logit_N = all_reduce(torch.stack((exp_NV.sum(dim=-1), label_logit_N)), "sum", group).unbind(0)
-        valid_N = labels_N != IGNORE
-        ctx.save_for_backward(exp_NV.div_(sum_N[:, None]), column_N, here_N, valid_N)
-        return (sum_N.log() - label_logit_N).where(valid_N, 0.0).sum()
+        loss, softmax_NV, column_N, here_N = shifted_softmax(logits_NV, labels_N, group)
+        ctx.save_for_backward(softmax_NV, column_N, here_N, labels_N != IGNORE)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -24,13 +24,19 @@ class Decoder(nn.Module):
         self._rope: tuple[Tensor, Tensor] | None = None  # positions and their table
 
     def forward(
-        self, x: Tensor, positions_L: Tensor | None = None, mask: Tensor | None = None, **routing: Tensor
+        self,
+        x: Tensor,
+        positions_L: Tensor | None = None,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **routing: Tensor,
     ) -> Tensor:
         """Logits [B, L, vocab] of int64 tokens [B, L]; a pipeline stage takes and returns hidden states [B, L, D]
         where it has no embedding or no output.
 
         positions_L: int64 [L], where the tokens stand in their sequence; None is 0 ... L - 1. mask: as in
-        DotProductAttention. routing: for mixtures of experts, weights_B as in MoE.
+        DotProductAttention. labels: for an output that takes them and gives a loss (see ParallelPlan.head). routing:
+        for mixtures of experts, weights_B as in MoE.
         """
         if positions_L is None:
             positions_L = torch.arange(x.shape[1], device=x.device)
@@ -41,9 +47,10 @@ class Decoder(nn.Module):
             x = block(x, rope, mask, **routing)
         if self.norm is not None:
             x = self.norm(x)
-        if isinstance(self.output, TiedOutput):
-            return self.output(x, self.tok_embeddings.weight)  # type: ignore[no-any-return]
-        return x if self.output is None else self.output(x)  # type: ignore[no-any-return]
+        if self.output is None:
+            return x
+        tied = (self.tok_embeddings.weight,) if self.shape.tied else ()
+        return self.output(x, *tied, **({} if labels is None else {"labels": labels}))  # type: ignore[no-any-return]
 
     def rope(self, positions_L: Tensor) -> Tensor:
         """The rotary table of these positions, kept from call to call."""

@@ -113,6 +113,7 @@ def plan(shape: DecoderShape) -> ParallelPlan:
         context=ContextPlan("layers.*.attention.core", shape.n_heads, shape.n_kv_heads),
         experts=ExpertPlan("layers.*.feed_forward", shape.moe.num_experts, shape.moe.top_k) if shape.moe else None,
         stages=not shape.tied,
+        head="output",
         without=without,
     )
 

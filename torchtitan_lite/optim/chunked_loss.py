@@ -1,0 +1,98 @@
+"""Output matrix and cross-entropy in one, without the logits of more than a part of the tokens.
+
+The gradients of a part are taken while its logits are there, so that nothing is computed twice (as in Liger Kernel,
+arXiv:2410.10989): held are those of the hidden states and of the matrix, not [tokens, vocabulary].
+
+Shapes: B batch, L sequence, N = B x L tokens, D width, V vocabulary, a rank's part of it where the loss is parallel.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
+
+from torchtitan_lite.optim.loss import IGNORE, shifted_softmax
+
+
+class ChunkedHead(nn.Module):
+    """In the place of a model's output matrix: the sum of token losses instead of logits. weight: of a tied model
+    None."""
+
+    def __init__(self, weight: nn.Parameter | None, chunks: int) -> None:
+        super().__init__()
+        self.weight, self.chunks = weight, chunks
+
+    def forward(self, x_BLD: Tensor, weight_VD: Tensor | None = None, *, labels: Tensor) -> Tensor:
+        """float32 scalar. weight_VD: of a tied model. labels: int64 [B, L] with IGNORE where there is no loss. Under
+        tensor parallelism x_BLD is a DTensor, the same on each rank, and the matrix one that is split by rows."""
+        weight_VD, group = self.weight if weight_VD is None else weight_VD, None
+        if isinstance(x_BLD, DTensor):
+            assert isinstance(weight_VD, DTensor)
+            group = x_BLD.device_mesh.get_group()
+            # Each rank has the gradient that comes through its part of the vocabulary.
+            x_BLD, weight_VD = x_BLD.to_local(grad_placements=[Partial()]), weight_VD.to_local()
+        return chunked_loss_sum(x_BLD.flatten(0, 1), weight_VD, labels.flatten(), self.chunks, group)
+
+
+def apply_chunked_loss(model: nn.Module, head: str, chunks: int) -> None:
+    """Put a ChunkedHead in the place of the module `head` of `model`; a pipeline stage may have none."""
+    if (output := getattr(model, head)) is not None:
+        setattr(model, head, ChunkedHead(getattr(output, "weight", None), chunks))
+
+
+def chunked_loss_sum(
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunks: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """As optim.loss.token_loss_sum of hidden_ND @ weight_VD.T. group: ranks that hold parts of the vocabulary."""
+    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, chunks, group, torch.is_grad_enabled())  # type: ignore[no-any-return]
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        chunks: int,
+        group: dist.ProcessGroup | None,
+        trains: bool,
+    ) -> Tensor:
+        total = torch.zeros((), device=hidden_ND.device)
+        hidden_grad_ND = torch.empty_like(hidden_ND) if trains else None
+        # float32: a sum over chunks in bfloat16 would round each time.
+        weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if trains else None
+        size = -(-len(labels_N) // chunks)
+        for at in range(0, len(labels_N), size):
+            hidden = hidden_ND[at : at + size]
+            logits = F.linear(hidden, weight_VD).float()
+            loss, grad = _loss_and_gradient(logits, labels_N[at : at + size], group)
+            total += loss
+            if hidden_grad_ND is not None and weight_grad_VD is not None:
+                grad = grad.to(weight_VD.dtype)
+                torch.mm(grad, weight_VD, out=hidden_grad_ND[at : at + size])
+                if weight_VD.dtype == torch.float32:
+                    weight_grad_VD.addmm_(grad.T, hidden)
+                else:
+                    weight_grad_VD += grad.T @ hidden
+        if hidden_grad_ND is not None and weight_grad_VD is not None:
+            ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
+        # A scalar keeps its own precision here. Not in place: a backward in halves comes twice.
+        return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None, None
+
+
+def _loss_and_gradient(
+    logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    loss, grad_NV, column_N, here_N = shifted_softmax(logits_NV, labels_N, group)
+    valid_N = labels_N != IGNORE
+    grad_NV.scatter_add_(-1, column_N[:, None], -here_N.to(grad_NV.dtype)[:, None])
+    return loss, grad_NV.mul_(valid_N[:, None])
