@@ -224,7 +224,11 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
             ),
         ),
         "activation_checkpoint": (
-            (checkpointing.mode == "selective", 'without activation_checkpoint.mode = "selective"', "selective_ac_option"),
+            (
+                checkpointing.mode == "selective",
+                'without activation_checkpoint.mode = "selective"',
+                "selective_ac_option",
+            ),
             (
                 checkpointing.selective_ac_option == "op",
                 'without activation_checkpoint.selective_ac_option = "op"',

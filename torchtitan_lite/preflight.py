@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.environment import accelerators
 from torchtitan_lite.distributed.parallel_dims import ParallelDims
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan, plan_pipeline
-from torchtitan_lite.distributed.plans import ParallelPlan
+from torchtitan_lite.distributed.plans import Keeps, ParallelPlan, Saving, keeps
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.mesh_rules import RULES, Case, without_effect
 from torchtitan_lite.models.registry import find_model
@@ -75,7 +76,40 @@ class JobPlan:
         ]
         if self.pipeline is not None:
             lines.append(("pipeline", str(self.pipeline)))
+        if (kept := self._kept_by_blocks()) is not None:
+            lines.append(("kept", kept))
         return lines
+
+    def saving(self) -> Saving:
+        """What decides how much of a micro-batch's forward a block without checkpointing keeps on a rank."""
+        parallelism, section = self.config.parallelism, self.config.activation_checkpoint
+        return Saving(
+            "all",
+            width=4 if self.config.training.mixed_precision_param == "float32" else 2,
+            fused_norms=accelerators() > 0,
+            tp=self.dims.tp,
+            cp=self.dims.cp,
+            ep=self.dims.ep,
+            exchanges_heads=parallelism.context_parallel_rotate_method == "alltoall",
+            recomputed=tuple(section.per_op_sac_force_recompute_mm_shapes_by_fqns),
+        )
+
+    def _kept_by_blocks(self) -> str | None:
+        """What they keep of a micro-batch's forward for its backward; None for a model that does not say."""
+        if not hasattr(self.model_args, "saved_by_block"):
+            return None
+        config, saving = self.config, self.saving()
+        tokens = self.batch.microbatch_size * config.training.seq_len / self.dims.cp
+        blocks = sum("." in name for name in self.model_args.flops_by_module(config.training.seq_len))
+        kinds = Counter(keeps(config.activation_checkpoint, index) for index in range(blocks))
+
+        def told(kept: Keeps) -> str:
+            return f"{tokens * self.model_args.saved_by_block(replace(saving, keeps=kept)) / 2**20:,.1f} MiB"
+
+        each = " and ".join(f"{told(kind)} in each of {count} blocks" for kind, count in kinds.items())
+        whole = "" if "all" in kinds else f", {told('all')} without checkpointing"
+        compiled = "; less where the compiler recomputes" if config.compile.enable else ""
+        return f"{each} of a micro-batch{whole}{compiled}"
 
     def warnings(self) -> list[str]:
         """What is legal and probably not meant."""

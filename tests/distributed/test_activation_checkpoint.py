@@ -1,7 +1,5 @@
 """Checkpointing: what is kept, what is computed again, and the same bits."""
 
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -93,29 +91,3 @@ def test_what_is_computed_again() -> None:
 def test_a_name_of_no_matrix_is_refused() -> None:
     with pytest.raises(UserError, match=r'"feed_forward\.w9" is the end of no'):
         build(DEEP_LLAMA, "untied", ActivationCheckpoint("selective", "op", ["feed_forward.w9"]))
-
-
-class Live(TorchDispatchMode):
-    """Storages that operations have made and that are still held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._made: dict[int, tuple[weakref.ref[Any], int]] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            storage = tensor.untyped_storage()
-            self._made[storage._cdata] = (torch.multiprocessing.reductions.StorageWeakRef(storage), storage.nbytes())
-        return result
-
-    def bytes(self) -> int:
-        return sum(size for ref, size in self._made.values() if not ref.expired())
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for each in result:
-            yield from _tensors(each)

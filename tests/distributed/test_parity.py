@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from tests.parity import moe_mutants, mutants  # noqa: F401, each registers its own
+from tests.parity import memory_mutants, moe_mutants, mutants  # noqa: F401, each registers its own
 from tests.parity.__main__ import parity_corpus
 from tests.parity.cases import BFLOAT16, CASES, EXPERTS
 from tests.parity.mutant import MUTANTS, Mutant
@@ -50,6 +50,7 @@ _KINDS = (
     "expert_gradients_divided",
     "bias_per_rank",
     "balance_over_ranks",
+    "recomputed_from_another_input",
 )
 
 

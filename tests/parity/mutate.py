@@ -6,7 +6,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.parity import moe_mutants, mutants  # noqa: F401, each registers its own
+from tests.parity import memory_mutants, moe_mutants, mutants  # noqa: F401, each registers its own
 from tests.parity.__main__ import parity_corpus
 from tests.parity.mutant import MUTANTS, Mutant
 from tests.parity.report import write_section

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch._functorch.config as functorch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan_lite.config.techniques import ActivationCheckpoint
-from torchtitan_lite.distributed.plans import ParallelPlan
+from torchtitan_lite.distributed.plans import ParallelPlan, keeps
 from torchtitan_lite.distributed.units import block_patterns, matches
 from torchtitan_lite.errors import UserError
 
@@ -42,13 +43,11 @@ def apply_activation_checkpoint(model: nn.Module, plan: ParallelPlan, section: A
     """
     # The process's, for all that it compiles; 1 is the compiler's own default.
     functorch.activation_memory_budget = section.memory_budget if section.mode == "memory_budget" else 1.0
-    if section.mode in ("none", "memory_budget"):
-        return
-    option = "1" if section.mode == "full" else section.selective_ac_option
-    contexts = partial(_contexts, _recomputed_shapes(model, plan, section)) if option == "op" else None
+    contexts = partial(_contexts, _recomputed_shapes(model, plan, section))
     for index, block in _blocks(model, plan):
-        if option == "op" or (index + 1) % int(option) == 0:
-            _checkpoint(block, contexts)
+        kept = keeps(section, index)
+        if kept != "all":
+            _checkpoint(block, contexts if kept == "op" else None)
 
 
 def _blocks(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[int, nn.Module]]:
@@ -90,13 +89,14 @@ def _recomputed_shapes(model: nn.Module, plan: ParallelPlan, section: Activation
 
 
 def _contexts(recomputed: set[torch.Size]) -> Any:
-    """A forward's context and its recomputation's. Each counts its products, so that both keep the same ones."""
+    """A forward's context and its recomputation's."""
     products = {False: 0, True: 0}
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op is _aten.mm.default:
             if args[1].shape in recomputed:
                 return CheckpointPolicy.PREFER_RECOMPUTE
+            # torch before 2.13 asks again when it recomputes.
             products[context.is_recompute] += 1
             keep = products[context.is_recompute] % 2 == 1
         else:
@@ -104,7 +104,26 @@ def _contexts(recomputed: set[torch.Size]) -> Any:
             keep = op in KEPT or (op is _aten._to_copy.default and _to_host(args[0], kwargs))
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    forward, recomputation = create_selective_checkpoint_contexts(policy)
+    return forward, _Recomputation(recomputation)
+
+
+class _Recomputation(TorchDispatchMode):
+    """torch's own, asked only for what may have been kept: it holds every operation to have come as often in the
+    forward. The hooks of an FSDP unit within the block, which gather where nobody has yet, do not keep to that."""
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self._mode = mode
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in KEPT or op is _aten._to_copy.default:
+            return self._mode.__torch_dispatch__(op, types, args, kwargs)
+        return op(*args, **(kwargs or {}))
 
 
 def _to_host(source: Tensor, kwargs: Any) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchtitan_lite.config.techniques import ActivationCheckpoint
+
 # How a module's parameters and activations lie over the ranks of the tensor axis; what each does stands in
 # distributed/tensor_parallel.py. Between blocks the hidden states are split along the sequence.
 TensorStyle = Literal[
@@ -62,9 +64,9 @@ class ParallelPlan:
     model as a whole.
     stages: whether the model can be cut into pipeline stages: its top-level modules may be None, and it runs those
     that are there (the units of a cut are the keys of ModelArgs.flops_by_module).
-    head: the top-level module that maps hidden states to logits, where the model's forward takes `labels` and hands them
-    on to it: what takes its place gives the loss and no logits. Its `weight` is the matrix; it has none where a forward
-    hands that to it too. None where the model has no such module.
+    head: the top-level module that maps hidden states to logits, where the model's forward takes `labels` and hands
+    them on to it: what takes its place gives the loss and no logits. Its `weight` is the matrix; it has none where a
+    forward hands that to it too. None where the model has no such module.
     without: technique (tensor, context, expert, pipeline) to the reason why this model has no plan for it.
     """
 
@@ -75,6 +77,38 @@ class ParallelPlan:
     stages: bool = False
     head: str | None = None
     without: Mapping[str, str] = field(default_factory=dict)
+
+
+# What a block keeps of its forward: all that its backward needs, the results of some operations, or its input alone.
+Keeps = Literal["all", "op", "input"]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What decides how much a block keeps.
+
+    keeps: see Keeps. width: bytes of an activation. exchanges_heads: whether context parallelism does. fused_norms:
+    whether a norm is one operation, as on CUDA. recomputed: as per_op_sac_force_recompute_mm_shapes_by_fqns.
+    """
+
+    keeps: Keeps
+    width: int
+    fused_norms: bool
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    exchanges_heads: bool = False
+    recomputed: tuple[str, ...] = ()
+
+
+def keeps(section: ActivationCheckpoint, block: int) -> Keeps:
+    """What the block at that place in the whole model keeps; within a memory budget, what it keeps at most."""
+    if section.mode in ("none", "memory_budget"):
+        return "all"
+    if section.mode == "selective" and section.selective_ac_option == "op":
+        return "op"
+    every = 1 if section.mode == "full" else int(section.selective_ac_option)
+    return "input" if (block + 1) % every == 0 else "all"
 
 
 def mixture_styles(plan: ExpertPlan) -> dict[str, TensorStyle]:

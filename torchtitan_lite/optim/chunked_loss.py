@@ -89,9 +89,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None, None
 
 
-def _loss_and_gradient(
-    logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
+def _loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
     loss, grad_NV, column_N, here_N = shifted_softmax(logits_NV, labels_N, group)
     valid_N = labels_N != IGNORE
     grad_NV.scatter_add_(-1, column_N[:, None], -here_N.to(grad_NV.dtype)[:, None])

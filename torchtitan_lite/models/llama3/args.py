@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from torchtitan_lite.distributed.plans import Saving
 from torchtitan_lite.models.common import decoder_shape
 from torchtitan_lite.models.common.rope_scaling import RopeScaling
+from torchtitan_lite.models.common.saved import saved_by_block
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class Llama3Args:
 
     def flops_by_module(self, seq_len: int) -> dict[str, float]:
         return decoder_shape.flops_by_module(self, seq_len)
+
+    def saved_by_block(self, saving: Saving) -> float:
+        return saved_by_block(self, saving)
 
 
 _LLAMA_3_1 = RopeScaling(factor=8.0)

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from torchtitan_lite.distributed.plans import Saving
 from torchtitan_lite.models.common import decoder_shape
 from torchtitan_lite.models.common.moe_shape import MoEShape
 from torchtitan_lite.models.common.rope_scaling import RopeScaling
+from torchtitan_lite.models.common.saved import saved_by_block
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Qwen3Args:
 
     def flops_by_module(self, seq_len: int) -> dict[str, float]:
         return decoder_shape.flops_by_module(self, seq_len)
+
+    def saved_by_block(self, saving: Saving) -> float:
+        return saved_by_block(self, saving)
 
 
 # Published shapes: arXiv:2505.09388, table 1, and the config.json of each model card.
