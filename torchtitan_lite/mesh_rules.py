@@ -132,6 +132,17 @@ def split_backward_is_not_compiled(case: Case) -> None:
         )
 
 
+def split_backward_keeps_no_results(case: Case) -> None:
+    section = case.config.activation_checkpoint
+    op = section.mode == "selective" and section.selective_ac_option == "op"
+    if op and case.pipeline and case.pipeline.split_backward:
+        raise UserError(
+            f'activation_checkpoint.selective_ac_option = "op" does not work with {case.pipeline.schedule}, which runs '
+            "its backward in halves: torch gives the kept results to one of them; choose a number of blocks, "
+            'mode = "full" or "none", or 1F1B, GPipe, Interleaved1F1B or LoopedBFS'
+        )
+
+
 def compile_needs_blocks(case: Case) -> None:
     if case.config.compile.enable and not any(unit[0].endswith(".*") for unit in case.plan.fsdp_units):
         raise UserError(
@@ -186,6 +197,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     capacity_takes_a_token,
     split_backward_needs_whole_parameters,
     split_backward_is_not_compiled,
+    split_backward_keeps_no_results,
     compile_needs_blocks,
     checkpointing_needs_blocks,
     chunked_loss_needs_a_head,

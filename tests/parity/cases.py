@@ -115,7 +115,7 @@ PIPELINE = [
     case(2, recipe=_FEW, pp=2, schedule="DualPipeV", **FULL),
     case(3, QWEN, recipe=_ODD, pp=3, **FULL),
     case(4, pp=4, schedule="ZBVZeroBubble", loss_chunks=3),
-    case(4, QWEN, recipe=_ODD, shard=2, pp=2, schedule="ZBVZeroBubble", loss_chunks=2, **OP),
+    case(4, QWEN, recipe=_ODD, shard=2, pp=2, schedule="ZBVZeroBubble", loss_chunks=2, **FULL),
     case(4, QWEN, shard=2, pp=2, schedule="LoopedBFS", reshard="always", microbatch=2),
     case(2, pp=2, schedule="InterleavedZeroBubble", offload=True),
     case(4, QWEN, replicate=2, shard=1, pp=2, schedule="LoopedBFS"),

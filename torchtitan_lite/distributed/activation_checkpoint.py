@@ -59,11 +59,15 @@ def _blocks(model: nn.Module, plan: ParallelPlan) -> Iterator[tuple[int, nn.Modu
 
 def _checkpoint(block: nn.Module, contexts: Callable[[], Any] | None) -> None:
     """contexts: what forward and recomputation run in, to keep some results; None keeps none."""
-    more = {} if contexts is None else {"context_fn": contexts}
-    # The forward, not a module around it: hooks of what is applied later (FSDP's) stay outside, names as they are. No
-    # block draws random numbers.
-    run = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **more)
-    block.forward = run  # type: ignore[method-assign]
+    more: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
+    forward = block.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # No block draws random numbers.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **more, **kwargs)
+
+    # The forward, not a module around it: hooks of what is applied later (FSDP's) stay outside, names as they are.
+    block.forward = run
 
 
 def _recomputed_shapes(model: nn.Module, plan: ParallelPlan, section: ActivationCheckpoint) -> set[torch.Size]:

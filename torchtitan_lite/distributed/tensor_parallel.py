@@ -131,7 +131,8 @@ class _LossOutput(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         def split(name: str, part: nn.Module, mesh: DeviceMesh) -> None:
-            part.weight = nn.Parameter(distribute_tensor(part.weight, mesh, [Shard(0)], src_data_rank=None))
+            weight = distribute_tensor(part.get_parameter("weight"), mesh, [Shard(0)], src_data_rank=None)
+            part.register_parameter("weight", nn.Parameter(weight))
 
         gathered = PrepareModuleInput(input_layouts=_SEQUENCE, desired_input_layouts=Replicate())
         return gathered._apply(distribute_module(module, device_mesh, split), device_mesh)

@@ -29,6 +29,7 @@ class ChunkedHead(nn.Module):
         """float32 scalar. weight_VD: of a tied model. labels: int64 [B, L] with IGNORE where there is no loss. Under
         tensor parallelism x_BLD is a DTensor, the same on each rank, and the matrix one that is split by rows."""
         weight_VD, group = self.weight if weight_VD is None else weight_VD, None
+        assert weight_VD is not None
         if isinstance(x_BLD, DTensor):
             assert isinstance(weight_VD, DTensor)
             group = x_BLD.device_mesh.get_group()

@@ -47,10 +47,9 @@ class Decoder(nn.Module):
             x = block(x, rope, mask, **routing)
         if self.norm is not None:
             x = self.norm(x)
-        if self.output is None:
-            return x
         tied = (self.tok_embeddings.weight,) if self.shape.tied else ()
-        return self.output(x, *tied, **({} if labels is None else {"labels": labels}))  # type: ignore[no-any-return]
+        given = {} if labels is None else {"labels": labels}
+        return x if self.output is None else self.output(x, *tied, **given)  # type: ignore[no-any-return]
 
     def rope(self, positions_L: Tensor) -> Tensor:
         """The rotary table of these positions, kept from call to call."""
