@@ -28,7 +28,7 @@ def child(chunks: int, tokens: int, vocabulary: int, dim: int) -> dict[str, floa
     import torch
     import torch.nn.functional as F
 
-    from torchtitan_lite.optim.chunked_loss import chunked_loss_sum
+    from torchtitan_lite.optim.chunked_loss import chunked_loss_sum, loss_and_gradient
     from torchtitan_lite.optim.loss import token_loss_sum
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -47,7 +47,7 @@ def child(chunks: int, tokens: int, vocabulary: int, dim: int) -> dict[str, floa
     if chunks == 1:
         loss = token_loss_sum(F.linear(hidden, weight)[None], labels[None])
     else:
-        loss = chunked_loss_sum(hidden, weight, labels, chunks, None)
+        loss = chunked_loss_sum(hidden, weight, labels, chunks, loss_and_gradient, None)
     loss.backward()
     took = time.perf_counter() - started
     assert hidden.grad is not None

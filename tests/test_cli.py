@@ -95,7 +95,7 @@ def test_show_json_is_one_document_on_stdout(recipe: Path, capsys: pytest.Captur
     shown = _strict_json(capsys.readouterr().out)
     assert shown["config"]["training"]["steps"] == 9
     assert shown["config"]["parallelism"]["data_parallel_shard_degree"] == 2
-    assert list(shown["derived"]) == ["model", "mesh", "batch", "schedule"]
+    assert list(shown["derived"]) == ["model", "mesh", "batch", "schedule", "kept"]
     assert shown["derived"]["mesh"] == "2 ranks: dp_shard 2"
 
 
@@ -161,7 +161,7 @@ def test_check_json_is_one_document_on_stdout(recipe: Path, tmp_path: Path, caps
     out, err = capsys.readouterr()
     good, bad = _strict_json(out)
     assert (good["recipe"], good["ok"], good["world_size"]) == (str(recipe), True, 1)
-    assert list(good["derived"]) == ["model", "mesh", "batch", "schedule"]
+    assert list(good["derived"]) == ["model", "mesh", "batch", "schedule", "kept"]
     assert (bad["recipe"], bad["ok"]) == (str(missing), False)
     assert bad["error"].startswith(f"{missing}: no such recipe")
     assert err == ""

@@ -15,6 +15,7 @@ EP, MOE = f"{P}expert_parallel_degree=", ("--model.spec=tests.tiny:MOE", "--mode
 ULYSSES = f"{P}context_parallel_rotate_method=alltoall"
 ZBV = f"{P}pipeline_parallel_schedule=ZBVZeroBubble"
 SEQ = "--training.seq_len="
+OP = ("--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=op")
 
 
 @pytest.fixture
@@ -61,6 +62,18 @@ REFUSED = [
         (f"{PP}2", ZBV, "--compile.enable=true"),
         "does not work with ZBVZeroBubble",
         (f"{PP}2", "--compile.enable=true"),
+    ),
+    (
+        2,
+        (f"{PP}2", ZBV, *OP),
+        'selective_ac_option = "op" does not work with ZBVZeroBubble',
+        (f"{PP}2", *OP),
+    ),
+    (
+        2,
+        (f"{TP}2", f"{P}disable_loss_parallel=true", "--training.loss_chunks=4"),
+        "training.loss_chunks = 4 makes no logits that",
+        (f"{TP}2", "--training.loss_chunks=4"),
     ),
     (2, (f"{TP}2", f"{P}fsdp_reshard_after_forward=never"), "no parameters are sharded", (f"{TP}2",)),
     (2, (f"{PP}2", "--model.flavor=tied"), "deep_llama tied has no pipeline parallelism: its output", (f"{PP}2",)),
@@ -121,6 +134,10 @@ def test_a_plan_without_a_technique_is_told_so(recipe: Path, monkeypatch: pytest
     monkeypatch.setattr(tiny, "DEEP_LLAMA", bare_units)
     with pytest.raises(UserError, match=r"compile.enable = true compiles blocks, and the plan .* names none"):
         _plan(recipe, 2, "--compile.enable=true")
+    with pytest.raises(UserError, match=r'checkpoint.mode = "full" works on blocks, and the plan .* names none'):
+        _plan(recipe, 2, "--activation_checkpoint.mode=full")
+    with pytest.raises(UserError, match=r"loss_chunks = 2: the plan of .* names no head"):
+        _plan(recipe, 2, "--training.loss_chunks=2")
 
 
 def test_more_choices_than_experts_are_refused_whoever_made_the_model(
@@ -164,6 +181,8 @@ def test_what_has_no_effect_is_said(recipe: Path) -> None:
         "--checkpoint.initial_load_model_only=false": "has no effect while checkpoint.initial_load_path is empty",
         "--faults.warmup_steps=50": "faults.warmup_steps = 50 has no effect while faults.loss_spike_sigmas and",
         "--compile.backend=eager": "compile.backend = eager has no effect while compile.enable = false",
+        "--activation_checkpoint.memory_budget=0.2": "memory_budget = 0.2 has no effect without activation_checkpoint",
+        OP[1]: "selective_ac_option = op has no effect without activation_checkpoint.mode",
         ULYSSES: "rotate_method = alltoall has no effect while parallelism.context_parallel_degree = 1",
         f"{P}disable_loss_parallel=true": "disable_loss_parallel = True has no effect while parallelism.tensor",
         ZBV: "pipeline_parallel_schedule = ZBVZeroBubble has no effect while parallelism.pipeline_parallel_degree = 1",

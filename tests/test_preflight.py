@@ -85,7 +85,17 @@ def test_what_follows_is_told_in_words(recipe: Path) -> None:
         "mesh": "2 ranks: dp_shard 2",
         "batch": "8 samples of 32 = 256 tokens a step; a rank runs 1 x 4",
         "schedule": "20 steps to a peak of 0.005: 2 warm-up, 0 stable, 18 linear decay",
+        "kept": "0.5 MiB of a micro-batch in each of 3 blocks",
     }
+    for arguments, kept in (
+        (
+            ["mode=selective"],
+            "0.5 MiB of a micro-batch in each of 2 blocks, 0.0 MiB of a micro-batch in each of 1 blocks",
+        ),
+        (["mode=full"], "0.0 MiB of a micro-batch in each of 3 blocks, 0.5 MiB without checkpointing"),
+    ):
+        overrides = [f"--activation_checkpoint.{argument}" for argument in arguments]
+        assert dict(plan_job(recipe, overrides, 2).derived())["kept"] == kept
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.activation_checkpoint import apply_activation_checkpoint
-from torchtitan_lite.distributed.compile import apply_compile
+from torchtitan_lite.distributed.compile import apply_compile, compiled_loss
 from torchtitan_lite.distributed.context_parallel import SequenceShare, apply_context_parallel
 from torchtitan_lite.distributed.data_parallel import DataPlan, apply_data_parallel
 from torchtitan_lite.distributed.expert_parallel import apply_expert_parallel
@@ -27,8 +27,9 @@ from torchtitan_lite.distributed.tensor_parallel import Logits, apply_tensor_par
 from torchtitan_lite.distributed.units import matches, require_names, take_out_other_stages
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.spec import ModelSpec
-from torchtitan_lite.optim.chunked_loss import apply_chunked_loss
-from torchtitan_lite.trainable import Place, TrainableModel, WholeModel
+from torchtitan_lite.optim.chunked_loss import apply_chunked_loss, loss_and_gradient
+from torchtitan_lite.optim.loss import token_loss_sum
+from torchtitan_lite.trainable import Place, TokenLoss, TrainableModel, WholeModel
 
 if TYPE_CHECKING:
     from torchtitan_lite.balance import Balance
@@ -64,6 +65,7 @@ def assemble(recipe: Recipe, mesh: DeviceMesh, device: torch.device, rank: int) 
         config.training.seq_len,
         share,
         config.training.loss_chunks > 1,
+        _loss(config),
         counts=at["tp"] == at["cp"] == at["pp"] == 0,
         reports=at["tp"] == 0,
     )
@@ -114,7 +116,8 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
         method, seq_len = config.parallelism.context_parallel_rotate_method, config.training.seq_len
         apply_context_parallel(module, context, plan.context, method, seq_len)
     if config.training.loss_chunks > 1 and plan.head is not None:
-        apply_chunked_loss(module, plan.head, config.training.loss_chunks)
+        part = compiled_loss(loss_and_gradient, config.compile)
+        apply_chunked_loss(module, plan.head, config.training.loss_chunks, part)
     # Splits matrices, before FSDP shards what is left of them.
     if tensor is not None and plan.tensor is not None:
         if config.parallelism.enable_async_tensor_parallel:
@@ -131,8 +134,7 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
     # Around what the block has become; inside its graph, where the compiler knows it.
     apply_activation_checkpoint(module, plan, config.activation_checkpoint)
     # After what changes a block's graph, before FSDP, whose hooks stay outside the graphs.
-    if config.compile.enable:
-        apply_compile(module, plan, config.compile.backend)
+    apply_compile(module, plan, config.compile)
     # Sharding last of all that changes modules: it hooks what the others leave. One rank in full precision has
     # nothing to share or cast and stays plain.
     offload = config.training.enable_cpu_offload
@@ -152,6 +154,13 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
         _keep_buffers_on(module, device)
     initialize(module, config.debug.seed, lambda name: recipe.spec.initial(name, recipe.args))
     return module
+
+
+def _loss(config: JobConfig) -> TokenLoss:
+    """From what the model gives."""
+    if config.training.loss_chunks > 1:
+        return lambda output, labels: output
+    return compiled_loss(token_loss_sum, config.compile)
 
 
 def _logits(config: JobConfig) -> Logits:

@@ -125,7 +125,7 @@ def split_backward_needs_whole_parameters(case: Case) -> None:
 
 
 def split_backward_is_not_compiled(case: Case) -> None:
-    if case.pipeline and case.pipeline.split_backward and case.config.compile.enable:
+    if case.pipeline and case.pipeline.split_backward and _compiles_blocks(case):
         raise UserError(
             f"compile.enable = true does not work with {case.pipeline.schedule}, which runs its backward in halves; "
             "set it to false or choose 1F1B, GPipe, Interleaved1F1B or LoopedBFS"
@@ -144,10 +144,10 @@ def split_backward_keeps_no_results(case: Case) -> None:
 
 
 def compile_needs_blocks(case: Case) -> None:
-    if case.config.compile.enable and not any(unit[0].endswith(".*") for unit in case.plan.fsdp_units):
+    if _compiles_blocks(case) and not any(unit[0].endswith(".*") for unit in case.plan.fsdp_units):
         raise UserError(
             f"compile.enable = true compiles blocks, and the plan of {case.model} names none (as layers.* in "
-            "fsdp_units); set it to false"
+            'fsdp_units); set it to false, or compile.components to ["loss"]'
         )
 
 
@@ -252,7 +252,7 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
                 "memory_budget",
             ),
         ),
-        "compile": ((config.compile.enable, "while compile.enable = false", "backend"),),
+        "compile": ((config.compile.enable, "while compile.enable = false", "backend components"),),
         "moe": (
             (experts, no_experts, " ".join(vars(config.moe))),
             (not experts or parallelism.expert_parallel_degree > 1, one_rank, "overlap_halves"),
@@ -285,6 +285,10 @@ def _idle(name: str, section: Any, needs: _Needs) -> Iterator[str]:
         for key in () if met else keys.split():
             if (value := getattr(section, key)) != getattr(defaults, key):
                 yield f"{name}.{key} = {value} has no effect {reason}"
+
+
+def _compiles_blocks(case: Case) -> bool:
+    return case.config.compile.enable and "model" in case.config.compile.components
 
 
 def _exchanges_heads(heads: int, kv_heads: int, ranks: int) -> bool:

@@ -106,10 +106,10 @@ class JobPlan:
         def told(kept: Keeps) -> str:
             return f"{tokens * self.model_args.saved_by_block(replace(saving, keeps=kept)) / 2**20:,.1f} MiB"
 
-        each = " and ".join(f"{told(kind)} in each of {count} blocks" for kind, count in kinds.items())
+        each = ", ".join(f"{told(kind)} of a micro-batch in each of {count} blocks" for kind, count in kinds.items())
         whole = "" if "all" in kinds else f", {told('all')} without checkpointing"
         compiled = "; less where the compiler recomputes" if config.compile.enable else ""
-        return f"{each} of a micro-batch{whole}{compiled}"
+        return f"{each}{whole}{compiled}"
 
     def warnings(self) -> list[str]:
         """What is legal and probably not meant."""

@@ -78,7 +78,7 @@ class StagedModel(TrainableModel):
         return torch.stack(losses).detach().sum()
 
     def _microbatch_loss(self, output: Tensor, labels: Tensor) -> Tensor:
-        return self.loss_sum(output, labels) / self._divisor
+        return self.place.loss(output, labels) / self._divisor
 
     def _with_arguments(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

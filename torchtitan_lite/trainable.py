@@ -4,7 +4,7 @@ A rank's micro-batches are whole sequences; ranks that share a sequence read the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.distributed.context_parallel import SequenceShare, document_mask
 from torchtitan_lite.distributed.data_parallel import reduce_gradients
-from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
+from torchtitan_lite.optim.loss import IGNORE
 
 if TYPE_CHECKING:
     from torchtitan_lite.balance import Balance
+
+
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Place:
     """What this rank has of a batch and of the loss.
 
     device: where it computes. seq_len: tokens of a whole sequence. share: its part of each sequence.
-    gives_loss: whether the model takes labels and gives the sum of their losses, in the place of logits.
+    gives_loss: whether the model takes labels and gives the sum of their losses, in the place of logits. loss: from
+    what it gives and labels [batch, seq] to that sum.
     counts: whether it counts the labels of its batches, of which other ranks have copies. reports: whether its loss
     is a part of the sum, and no copy of another rank's.
     """
@@ -35,6 +39,7 @@ class Place:
     seq_len: int
     share: SequenceShare
     gives_loss: bool
+    loss: TokenLoss
     counts: bool
     reports: bool
 
@@ -103,10 +108,6 @@ class TrainableModel(ABC):
         loss = {"labels": labels} if self.place.gives_loss else {}
         return {"positions_L": self._positions, "mask": mask, **routing, **loss}
 
-    def loss_sum(self, output: Tensor, labels: Tensor) -> Tensor:
-        """Of what the model's forward gives."""
-        return output if self.place.gives_loss else token_loss_sum(output, labels)
-
     def on_device(self, host: Tensor) -> Tensor:
         if host.device.type == self.place.device.type:
             return host
@@ -160,4 +161,4 @@ class WholeModel(TrainableModel):
         (module,) = self.parts
         labels = self.part_of(batch.labels)
         output = module(self.part_of(batch.tokens), **self.arguments(batch.documents, weights_B, labels))
-        return self.loss_sum(output, labels)
+        return self.place.loss(output, labels)

@@ -126,7 +126,10 @@ def test_bytes_that_are_no_text_are_no_recipe(tmp_path: Path) -> None:
             "[parallelism]\npipeline_parallel_last_stage_less_layers = 1\n",
             r"TorchTitan's; here the automatic split weighs norm and output by their FLOPs; remove it",
         ),
-        ("[activation_checkpoint]\nmode = 'full'\n", r"section \[activation_checkpoint\] is not built yet"),
+        (
+            "[activation_checkpoint]\nearly_stop = true\n",
+            r"activation_checkpoint.early_stop is TorchTitan's and not built yet",
+        ),
         ("training = 5\n", r"recipe\.toml: training = 5: is a section; write \[training\] and its keys under it"),
         ("[[training]]\nsteps = 5\n", r"training = .*: is a section; write \[training\]"),
         ("[training.steps]\na = 1\n", r"recipe\.toml: training\.steps = .*: expected an integer, got a table"),

@@ -7,6 +7,7 @@ import pytest
 
 from torchtitan_lite.config import rules
 from torchtitan_lite.config.schema import (
+    ActivationCheckpoint,
     Checkpoint,
     Compile,
     Data,
@@ -161,9 +162,52 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         JobConfig(metrics=Metrics(save_tb_folder="../tb")),
         'metrics.save_tb_folder = "../tb": expected the name of a folder inside the run folder',
     ),
+    *(
+        (
+            rules.checkpointing_option_is_op_or_a_number,
+            JobConfig(activation_checkpoint=ActivationCheckpoint("selective", option)),
+            f'activation_checkpoint.selective_ac_option = "{option}": expected "op" or a number n',
+        )
+        for option in ("0", "-1", "ops", "1.5", "")
+    ),
+    *(
+        (
+            rules.memory_budget_is_the_compilers,
+            JobConfig(
+                activation_checkpoint=ActivationCheckpoint("memory_budget"), compile=Compile(enable, backend=backend)
+            ),
+            'activation_checkpoint.mode = "memory_budget" is kept by the compiler: set compile.enable = true',
+        )
+        for enable, backend in ((False, "inductor"), (True, "eager"))
+    ),
+    (
+        rules.compile_has_components,
+        JobConfig(compile=Compile(enable=True, components=[])),
+        "compile.components = []: nothing to compile",
+    ),
+    (
+        rules.memory_budget_is_the_compilers,
+        JobConfig(
+            activation_checkpoint=ActivationCheckpoint("memory_budget"),
+            compile=Compile(enable=True, components=["loss"]),
+        ),
+        'activation_checkpoint.mode = "memory_budget" is kept where blocks are compiled, and compile.components',
+    ),
 ]
 
 PASSED: list[tuple[Rule, JobConfig]] = [
+    *(
+        (
+            rules.checkpointing_option_is_op_or_a_number,
+            JobConfig(activation_checkpoint=ActivationCheckpoint("selective", option)),
+        )
+        for option in ("op", "1", "12")
+    ),
+    (
+        rules.memory_budget_is_the_compilers,
+        JobConfig(activation_checkpoint=ActivationCheckpoint("memory_budget"), compile=Compile(enable=True)),
+    ),
+    (rules.compile_has_components, JobConfig(compile=Compile(enable=True, components=["loss"]))),
     (rules.async_tensor_parallel_needs_compile, JobConfig(parallelism=_ASYNC, compile=Compile(enable=True))),
     (
         rules.one_way_to_cut_a_pipeline,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchtitan_lite.optim.chunked_loss import ChunkedHead, chunked_loss_sum
+from torchtitan_lite.optim.chunked_loss import ChunkedHead, chunked_loss_sum, loss_and_gradient
 from torchtitan_lite.optim.loss import IGNORE
 
 TOKENS, DIM, VOCABULARY = 37, 8, 24
@@ -32,7 +32,7 @@ def test_it_is_the_loss_of_the_whole(chunks: int) -> None:
     hidden, weight, labels = given()
     expected = whole(hidden, weight, labels)
     expected_grads = torch.autograd.grad(expected * 0.25, (hidden, weight))
-    loss = chunked_loss_sum(hidden, weight, labels, chunks, None)
+    loss = chunked_loss_sum(hidden, weight, labels, chunks, loss_and_gradient, None)
     grads = torch.autograd.grad(loss * 0.25, (hidden, weight))
     assert torch.allclose(loss, expected, rtol=1e-6)
     for grad, right in zip(grads, expected_grads, strict=True):
@@ -48,7 +48,10 @@ def test_bfloat16_sums_over_chunks_in_float32() -> None:
         grads = torch.autograd.grad(loss * 0.3, (hidden, weight))
         return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(grads, exact, strict=True)]
 
-    plain, chunked = error(whole(hidden, weight, labels)), error(chunked_loss_sum(hidden, weight, labels, 37, None))
+    plain, chunked = (
+        error(whole(hidden, weight, labels)),
+        error(chunked_loss_sum(hidden, weight, labels, 37, loss_and_gradient, None)),
+    )
     assert all(mine <= 1.5 * its for mine, its in zip(chunked, plain, strict=True)), (chunked, plain)
 
 
@@ -70,8 +73,8 @@ class Largest(TorchDispatchMode):
 def test_logits_are_never_whole() -> None:
     hidden, weight, labels = given()
     with Largest() as seen:
-        chunked_loss_sum(hidden, weight, labels, 4, None).backward()
+        chunked_loss_sum(hidden, weight, labels, 4, loss_and_gradient, None).backward()
     assert seen.rows == 10
     with Largest() as seen, torch.no_grad():
-        ChunkedHead(torch.nn.Parameter(weight.detach()), 37)(hidden[None], labels=labels[None])
-    assert seen.rows == 1
+        ChunkedHead(torch.nn.Parameter(weight.detach()), 3, loss_and_gradient)(hidden[None], labels=labels[None])
+    assert seen.rows == 13

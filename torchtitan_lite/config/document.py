@@ -8,7 +8,7 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from torchtitan_lite.config import running, schema
+from torchtitan_lite.config import running, schema, techniques
 from torchtitan_lite.config.decoding import describe
 
 _LIMITS = {"minimum": "at least", "above": "more than", "below": "less than", "maximum": "at most"}
@@ -18,7 +18,7 @@ _LIMITS = {"minimum": "at least", "above": "more than", "below": "less than", "m
 def field_docs() -> dict[tuple[str, str], str]:
     """(class name, field name) to the docstring under the field, on one line."""
     docs = {}
-    for cls in (node for module in (schema, running) for node in ast.parse(inspect.getsource(module)).body):
+    for cls in (node for module in (schema, running, techniques) for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(cls, ast.ClassDef):
             continue
         for node, after in zip(cls.body, cls.body[1:], strict=False):

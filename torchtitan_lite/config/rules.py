@@ -107,6 +107,11 @@ def async_tensor_parallel_needs_compile(config: JobConfig) -> None:
             "parallelism.enable_async_tensor_parallel = true is done by the compiler: set compile.enable = true and "
             'compile.backend = "inductor", or turn it off'
         )
+    if "model" not in config.compile.components:
+        raise UserError(
+            "parallelism.enable_async_tensor_parallel = true is done in compiled blocks, and compile.components names "
+            'no "model"; add it, or turn it off'
+        )
 
 
 def one_way_to_cut_a_pipeline(config: JobConfig) -> None:
@@ -196,12 +201,22 @@ def checkpointing_option_is_op_or_a_number(config: JobConfig) -> None:
         )
 
 
+def compile_has_components(config: JobConfig) -> None:
+    if config.compile.enable and not config.compile.components:
+        raise UserError('compile.components = []: nothing to compile; name "model", "loss" or both')
+
+
 def memory_budget_is_the_compilers(config: JobConfig) -> None:
     compiler = config.compile
     if config.activation_checkpoint.mode == "memory_budget" and (not compiler.enable or compiler.backend == "eager"):
         raise UserError(
             'activation_checkpoint.mode = "memory_budget" is kept by the compiler: set compile.enable = true and '
             'compile.backend = "inductor", or choose "selective" or "full"'
+        )
+    if config.activation_checkpoint.mode == "memory_budget" and "model" not in compiler.components:
+        raise UserError(
+            'activation_checkpoint.mode = "memory_budget" is kept where blocks are compiled, and compile.components '
+            'names no "model"; add it, or choose "selective" or "full"'
         )
 
 
@@ -224,5 +239,6 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     rolling_back_needs_checkpoints,
     replay_needs_determinism,
     checkpointing_option_is_op_or_a_number,
+    compile_has_components,
     memory_budget_is_the_compilers,
 )

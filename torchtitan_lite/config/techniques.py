@@ -33,7 +33,10 @@ class Compile:
     """torch.compile."""
 
     enable: bool = False
-    """Compile each block of the model; one graph serves them all."""
+    """Compile what `components` names."""
+
+    components: list[Literal["model", "loss"]] = field(default_factory=lambda: ["model", "loss"])
+    """`model`: each block; one graph serves all that are alike. `loss`: the cross-entropy."""
 
     backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
     """Compiler of the graphs; `aot_eager` and `eager` trace and run them without one."""

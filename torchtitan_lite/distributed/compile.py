@@ -1,16 +1,32 @@
 """torch.compile, a graph for each kind of block."""
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
 from torch import nn
 
+from torchtitan_lite.config.techniques import Compile
 from torchtitan_lite.distributed.plans import ParallelPlan
 from torchtitan_lite.distributed.units import block_patterns, matches, unit_modules
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
-    """Compile the blocks of `model` in place: the modules that repeat, so that one graph serves them all.
+
+def compiled_loss(function: _Function, section: Compile) -> _Function:
+    """`function`, compiled where the section compiles the loss."""
+    if not section.enable or "loss" not in section.components:
+        return function
+    return torch.compile(function, backend=section.backend, fullgraph=True)  # type: ignore[return-value]
+
+
+def apply_compile(model: nn.Module, plan: ParallelPlan, section: Compile) -> None:
+    """Where the section compiles the model, do so with its blocks, in place: they repeat, and one graph serves all.
 
     Of a block with a mixture of experts its attention: how many tokens an expert has is no part of a graph.
     """
+    if not section.enable or "model" not in section.components:
+        return
     mixtures = {module for name, module in model.named_modules() if plan.experts and matches(name, plan.experts.moe)}
     for pattern in block_patterns(plan):
         for (block,) in unit_modules(model, ((pattern,),)):
@@ -20,4 +36,4 @@ def apply_compile(model: nn.Module, plan: ParallelPlan, backend: str) -> None:
             else:  # a norm alone is no graph
                 parts = [child for child in children if child not in mixtures and any(child.children())]
             for part in parts:
-                part.compile(backend=backend, fullgraph=True)
+                part.compile(backend=section.backend, fullgraph=True)

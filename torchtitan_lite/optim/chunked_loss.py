@@ -6,6 +6,7 @@ arXiv:2410.10989): held are those of the hidden states and of the matrix, not [t
 Shapes: B batch, L sequence, N = B x L tokens, D width, V vocabulary, a rank's part of it where the loss is parallel.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from torch.distributed.tensor import DTensor, Partial
 
 from torchtitan_lite.optim.loss import IGNORE, shifted_softmax
 
+# As loss_and_gradient.
+Part = Callable[[Tensor, Tensor, dist.ProcessGroup | None], tuple[Tensor, Tensor]]
+
 
 class ChunkedHead(nn.Module):
     """In the place of a model's output matrix: the sum of token losses instead of logits. weight: of a tied model
     None."""
 
-    def __init__(self, weight: nn.Parameter | None, chunks: int) -> None:
+    def __init__(self, weight: nn.Parameter | None, chunks: int, part: Part) -> None:
         super().__init__()
-        self.weight, self.chunks = weight, chunks
+        self.weight, self.chunks, self.part = weight, chunks, part
 
     def forward(self, x_BLD: Tensor, weight_VD: Tensor | None = None, *, labels: Tensor) -> Tensor:
         """float32 scalar. weight_VD: of a tied model. labels: int64 [B, L] with IGNORE where there is no loss. Under
@@ -35,20 +39,21 @@ class ChunkedHead(nn.Module):
             group = x_BLD.device_mesh.get_group()
             # Each rank has the gradient that comes through its part of the vocabulary.
             x_BLD, weight_VD = x_BLD.to_local(grad_placements=[Partial()]), weight_VD.to_local()
-        return chunked_loss_sum(x_BLD.flatten(0, 1), weight_VD, labels.flatten(), self.chunks, group)
+        return chunked_loss_sum(x_BLD.flatten(0, 1), weight_VD, labels.flatten(), self.chunks, self.part, group)
 
 
-def apply_chunked_loss(model: nn.Module, head: str, chunks: int) -> None:
-    """Put a ChunkedHead in the place of the module `head` of `model`; a pipeline stage may have none."""
+def apply_chunked_loss(model: nn.Module, head: str, chunks: int, part: Part) -> None:
+    """Put a ChunkedHead in the place of the module `head` of `model`; a pipeline stage may have none. part:
+    loss_and_gradient, or that compiled."""
     if (output := getattr(model, head)) is not None:
-        setattr(model, head, ChunkedHead(getattr(output, "weight", None), chunks))
+        setattr(model, head, ChunkedHead(getattr(output, "weight", None), chunks, part))
 
 
 def chunked_loss_sum(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunks: int, group: dist.ProcessGroup | None
+    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunks: int, part: Part, group: dist.ProcessGroup | None
 ) -> Tensor:
     """As optim.loss.token_loss_sum of hidden_ND @ weight_VD.T. group: ranks that hold parts of the vocabulary."""
-    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, chunks, group, torch.is_grad_enabled())  # type: ignore[no-any-return]
+    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, chunks, part, group, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -59,6 +64,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_VD: Tensor,
         labels_N: Tensor,
         chunks: int,
+        part: Part,
         group: dist.ProcessGroup | None,
         trains: bool,
     ) -> Tensor:
@@ -70,7 +76,7 @@ class _ChunkedLoss(torch.autograd.Function):
         for at in range(0, len(labels_N), size):
             hidden = hidden_ND[at : at + size]
             logits = F.linear(hidden, weight_VD).float()
-            loss, grad = _loss_and_gradient(logits, labels_N[at : at + size], group)
+            loss, grad = part(logits, labels_N[at : at + size], group)
             total += loss
             if hidden_grad_ND is not None and weight_grad_VD is not None:
                 grad = grad.to(weight_VD.dtype)
@@ -84,13 +90,14 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         # A scalar keeps its own precision here. Not in place: a backward in halves comes twice.
-        return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None, None
+        return hidden_grad_ND * grad, weight_grad_VD * grad, None, None, None, None, None
 
 
-def _loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The loss (sum over valid tokens) of float32 logits, which it overwrites, and its gradient by them."""
     loss, grad_NV, column_N, here_N = shifted_softmax(logits_NV, labels_N, group)
     valid_N = labels_N != IGNORE
     grad_NV.scatter_add_(-1, column_N[:, None], -here_N.to(grad_NV.dtype)[:, None])
