@@ -19,6 +19,7 @@ from torchtitan_lite.data.loader import Batch, SampleStore, TrainLoader, validat
 from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed import runtime
+from torchtitan_lite.distributed.compile import compiled_so_far
 from torchtitan_lite.distributed.mesh import axis, build_mesh
 from torchtitan_lite.elastic.agreement import Agreed, agree
 from torchtitan_lite.elastic.faults import Guard, Skipped, pass_over, step_unless, why_stop
@@ -125,6 +126,8 @@ class Trainer:
             if logged := step in (first, last) or bool(agreed.stop) or step % config.metrics.log_freq == 0:
                 self._report(result, tensorboard)
             if step == first:
+                if config.compile.enable:
+                    self._tell_compiled()
                 seconds = config.comm.train_timeout_seconds + runtime.AFTER_THE_WATCHDOG_S
                 runtime.tighten_timeouts(seconds, self.checkpoints.group)
                 self.watchdog.tighten()
@@ -170,6 +173,11 @@ class Trainer:
         if step not in self.config.debug.replay_steps:
             return run()
         return run_twice(self.model, run, self.here.device, step, self.log.event)
+
+    def _tell_compiled(self) -> None:
+        told = compiled_so_far()
+        self.log.event("compiled", self.progress.step, **told)
+        logger.info("compiled %(graphs)d graphs in %(seconds).1f s, pieces reused: %(reused)d, made: %(made)d", told)
 
     def _next_batches(self, step: int) -> list[Batch]:
         if self.config.metrics.log_sample_ids and self.log.writes:

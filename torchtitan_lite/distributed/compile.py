@@ -20,6 +20,20 @@ def compiled_loss(function: _Function, section: Compile) -> _Function:
     return torch.compile(function, backend=section.backend, fullgraph=True)  # type: ignore[return-value]
 
 
+def compiled_so_far() -> dict[str, float]:
+    """What this process has compiled: `graphs`, `seconds` that took, and how many of the compiler's pieces came from
+    its cache on disk, which earlier runs filled (`reused`, `made`)."""
+    from torch._dynamo.utils import calculate_time_spent, counters
+
+    cache = counters["inductor"]
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "seconds": calculate_time_spent().get("total_wall_time", 0.0),
+        "reused": cache["fxgraph_cache_hit"],
+        "made": cache["fxgraph_cache_miss"],
+    }
+
+
 def apply_compile(model: nn.Module, plan: ParallelPlan, section: Compile) -> None:
     """Where the section compiles the model, do so with its blocks, in place: they repeat, and one graph serves all.
 

@@ -1,0 +1,132 @@
+"""Compilation: a graph for each kind of block, no breaks, and nothing compiled again."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from tests.ranks import RankPool
+from tests.tiny import DEEP_LLAMA, MOE, write_recipe
+from torchtitan_lite.config.techniques import ActivationCheckpoint, Compile
+from torchtitan_lite.data.loader import Batch
+from torchtitan_lite.distributed.activation_checkpoint import apply_activation_checkpoint
+from torchtitan_lite.distributed.compile import apply_compile, compiled_loss, compiled_so_far
+from torchtitan_lite.models.common.initialize import initialize
+from torchtitan_lite.models.spec import ModelSpec
+from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
+
+AOT = Compile(enable=True, backend="aot_eager")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+@pytest.mark.parametrize(
+    ("section", "kinds"),
+    [
+        (ActivationCheckpoint("none"), 1),
+        (ActivationCheckpoint("full"), 1),
+        (ActivationCheckpoint("selective", "op"), 1),
+        (ActivationCheckpoint("selective", "3"), 2),
+    ],
+    ids=["none", "full", "op", "every third"],
+)
+@pytest.mark.parametrize(("spec", "flavor"), [(DEEP_LLAMA, "untied"), (MOE, "shared")], ids=["dense", "mixture"])
+def test_a_graph_for_each_kind_of_block(
+    spec: ModelSpec, flavor: str, section: ActivationCheckpoint, kinds: int
+) -> None:
+    # More blocks than dynamo compiles of one piece of code.
+    args = replace(spec.flavors[flavor], n_layers=12)
+    model = spec.build(args)
+    initialize(model, 1, lambda name: spec.initial(name, args))
+    apply_activation_checkpoint(model, spec.plan(args), section)
+    apply_compile(model, spec.plan(args), AOT)
+    for _ in range(2):
+        model(torch.randint(384, (2, 16))).sum().backward()
+        with torch.no_grad():
+            model(torch.randint(384, (2, 16)))
+    # Of a mixture attention alone is compiled, which checkpointing stays around. Training and evaluation are two.
+    assert counters["stats"]["unique_graphs"] == 2 * (1 if spec is MOE else kinds)
+    assert not counters["graph_break"]
+
+
+def test_the_loss_is_a_graph() -> None:
+    logits, labels = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (2, 5))
+    compiled_loss(token_loss_sum, AOT)(logits, labels).backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert compiled_loss(token_loss_sum, replace(AOT, components=["model"])) is token_loss_sum
+    assert compiled_loss(token_loss_sum, Compile()) is token_loss_sum
+
+
+def _compiled(recipe: str, arguments: list[str]) -> list[dict[str, float]]:
+    """After a step and an evaluation, and after more of them, of which the last batch is not full."""
+    import torch.distributed as dist
+
+    from torchtitan_lite.assembly import Recipe, assemble
+    from torchtitan_lite.distributed.mesh import build_mesh
+    from torchtitan_lite.preflight import plan_job
+
+    torch._dynamo.reset()
+    counters.clear()
+    plan = plan_job(recipe, arguments, dist.get_world_size())
+    parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
+    model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), dist.get_rank())
+    size = (plan.batch.microbatch_size, plan.config.training.seq_len + 1)
+    rows = torch.randint(384, size, generator=torch.Generator().manual_seed(0))
+    full = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+    ragged = replace(full, labels=full.labels.clone())
+    ragged.labels[-1, 7:] = IGNORE
+    told = []
+    for _ in range(3):
+        batches = [full] * (plan.batch.microbatches - 1) + [ragged]
+        model.forward_backward(batches)
+        model.evaluate(batches)
+        told.append(compiled_so_far())
+    assert not counters["graph_break"]
+    return told
+
+
+TP, CP, PP = (f"--parallelism.{name}_parallel_degree=2" for name in ("tensor", "context", "pipeline"))
+OP = "--activation_checkpoint.selective_ac_option=op"
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize(
+    "arguments",
+    [[], [TP, OP], [CP, "--training.loss_chunks=3"], [PP]],
+    ids=["fsdp", "tp, checkpointing by operation", "cp, loss in parts", "pp"],
+)
+def test_nothing_is_compiled_again(
+    pool: RankPool, tmp_path: Path, corpus: Path, cache: Path, arguments: list[str]
+) -> None:
+    sections: dict[str, Any] = {
+        "model": {"spec": "tests.tiny:DEEP_LLAMA", "flavor": "untied"},
+        "training": {"local_batch_size": 2, "global_batch_size": 8},
+        "compile": {"enable": True, "backend": "aot_eager"},
+        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "8"},
+        "data": {"document_mask": False},
+    }
+    recipe = write_recipe(tmp_path / "recipe.toml", corpus, cache, **sections)
+    for first, *later in pool.run(_compiled, 2, str(recipe), arguments):
+        assert first["graphs"] > 0
+        assert [each["graphs"] for each in later] == [first["graphs"]] * 2
+
+
+def test_what_is_compiled_is_told(pool: RankPool, tmp_path: Path, corpus: Path, cache: Path) -> None:
+    from tests.test_trainer import _run
+
+    compile_section = {"enable": True, "backend": "aot_eager"}
+    recipe = write_recipe(tmp_path / "recipe.toml", corpus, cache, compile=compile_section, training={"steps": 2})
+    _run(pool, 1, recipe, tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    (told,) = [event for event in events if event["event"] == "compiled"]
+    assert told["step"] == 1
+    assert told["graphs"] >= 2
+    assert told["seconds"] > 0
