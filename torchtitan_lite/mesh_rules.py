@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import ceil, floor, gcd, lcm, log10
 from typing import Any
 
+from torchtitan_lite.config.resolution import uses_float8
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
@@ -174,6 +175,15 @@ def chunked_loss_needs_a_head(case: Case) -> None:
         )
 
 
+def float8_gathers_need_shards(case: Case) -> None:
+    section = case.config.quantize.linear.float8
+    if uses_float8(case.config) and section.enable_fsdp_float8_all_gather and case.dims.dp_shard * case.dims.cp == 1:
+        raise UserError(
+            "quantize.linear.float8.enable_fsdp_float8_all_gather = true: no parameters are sharded on "
+            f"{case.dims}, there is nothing to gather; set it to false"
+        )
+
+
 def reshard_needs_shards(case: Case) -> None:
     policy = case.config.parallelism.fsdp_reshard_after_forward
     shards = case.dims.dp_shard * case.dims.cp
@@ -201,6 +211,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     compile_needs_blocks,
     checkpointing_needs_blocks,
     chunked_loss_needs_a_head,
+    float8_gathers_need_shards,
     reshard_needs_shards,
 )
 

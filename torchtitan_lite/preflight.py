@@ -11,12 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torchtitan_lite.checkpoint.storage import find_checkpoint, published_steps, step_folder, verified
 from torchtitan_lite.config import JobConfig, load_config, run_folder
-from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve
+from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve, uses_float8
 from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.environment import accelerators
@@ -148,6 +149,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
     config = plan.config
     _async_tensor_parallel_needs_accelerators(config)
+    _float8_needs_torchao(config)
     folders = (config.checkpoint.folder, config.metrics.save_tb_folder, config.comm.save_traces_folder)
     _make_writable(plan.folder, folders)
     _resume_needs_checkpoints_on(plan)
@@ -216,6 +218,14 @@ def _async_tensor_parallel_needs_accelerators(config: JobConfig) -> None:
         raise UserError(
             "parallelism.enable_async_tensor_parallel = true needs CUDA's symmetric memory, and this machine has no "
             "accelerator; set it to false"
+        )
+
+
+def _float8_needs_torchao(config: JobConfig) -> None:
+    if uses_float8(config) and find_spec("torchao") is None:
+        raise UserError(
+            'model.converters = ["quantize.linear.float8"] needs torchao, which is not installed: '
+            'pip install "torchtitan-lite[float8]"'
         )
 
 

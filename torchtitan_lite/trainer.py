@@ -15,6 +15,7 @@ from torch import Tensor
 from torchtitan_lite.assembly import Recipe, assemble
 from torchtitan_lite.checkpoint.cadence import Cadence
 from torchtitan_lite.checkpoint.manager import CheckpointManager, Loaded, Progress
+from torchtitan_lite.config.resolution import uses_float8
 from torchtitan_lite.data.loader import Batch, SampleStore, TrainLoader, validation_batches
 from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared
@@ -101,6 +102,8 @@ class Trainer:
         flops_per_token = sum(plan.model_args.flops_by_module(seq_len).values())
         self.clock = StepClock(flops_per_token, plan.tokens_per_step, here.world_size, peak)
         self.progress, self.saved = Progress(), 0
+        float8 = config.quantize.linear.float8
+        self.scales_ahead = uses_float8(config) and float8.precompute_float8_dynamic_scale_for_fsdp
 
     def train(self) -> int:
         """Run to training.steps, from the latest checkpoint where there is one.
@@ -163,6 +166,7 @@ class Trainer:
             skip = self.guard.judge(loss, grad_norm, self.progress.step + 1, self.loader.taken)
         step_unless(skip, self.optimizer)
         self.optimizer.zero_grad()
+        self._parameters_changed()
         routed = None if self.model.balance is None else self.model.balance.step(skip)
         seen = self.progress.tokens_seen + self.plan.tokens_per_step
         self.progress = Progress(self.progress.step + 1, self.loader.position, seen)
@@ -178,6 +182,12 @@ class Trainer:
         told = compiled_so_far()
         self.log.event("compiled", self.progress.step, **told)
         logger.info("compiled %(graphs)d graphs in %(seconds).1f s, pieces reused: %(reused)d, made: %(made)d", told)
+
+    def _parameters_changed(self) -> None:
+        if self.scales_ahead:
+            from torchtitan_lite.quantization.float8 import precompute_scales
+
+            precompute_scales(self.model.parts)
 
     def _next_batches(self, step: int) -> list[Batch]:
         if self.config.metrics.log_sample_ids and self.log.writes:
@@ -386,6 +396,7 @@ class Trainer:
         self.loader.position = self.progress.position
 
     def _went_on_from(self, loaded: Loaded, event: str, how: str, **details: Any) -> None:
+        self._parameters_changed()
         step = loaded.progress.step
         self.log.event(event, step, checkpoint=str(loaded.folder), **details)
         if loaded.world_size != self.here.world_size:

@@ -56,7 +56,9 @@ def part_of(tensor: Tensor) -> Part:
     if not isinstance(tensor, DTensor):
         return Part(tensor.detach(), (0,) * tensor.dim(), shape)
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return Part(tensor.to_local().detach(), tuple(offset), shape)
+    local = tensor.to_local().detach()
+    # torchao wraps what FSDP is to gather in float8.
+    return Part(getattr(local, "_tensor", local), tuple(offset), shape)
 
 
 def is_written_here(name: str, tensor: Tensor, first_peer: int) -> bool:

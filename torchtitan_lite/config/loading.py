@@ -17,15 +17,16 @@ else:
     import tomli as tomllib
 
 # What TorchTitan 0.2.2 has and this does not yet: its recipes get a plain answer, not the nearest other key.
-_NOT_YET_SECTIONS = {"profiling", "quantize", "fault_tolerance", "experimental"}
+_NOT_YET_SECTIONS = {"profiling", "fault_tolerance", "experimental"}
 _NOT_YET_KEYS = {
     "activation_checkpoint": "early_stop preserve_rng_state determinism_check debug visualize_memory_budget_pareto",
     "checkpoint": "enable_first_step_checkpoint export_dtype initial_load_in_hf last_save_in_hf load_only",
     "comm": "mode",
     "job": "print_config save_config_file custom_config_module",
     "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
-    "model": "converters hf_assets_path print_after_conversion",
+    "model": "hf_assets_path print_after_conversion",
     "parallelism": "enable_compiled_autograd",
+    "quantize": "grouped_mm linear.mx",
     "training": "dtype gc_debug",
     "validation": "dataset dataset_path seq_len",
 }

@@ -32,6 +32,10 @@ def plan_batch(global_batch_size: int, local_batch_size: int, batch_ranks: int) 
     return BatchPlan(global_batch_size, batch_ranks, microbatches, -(-most // microbatches))
 
 
+def uses_float8(config: JobConfig) -> bool:
+    return "quantize.linear.float8" in config.model.converters
+
+
 def resolve(config: JobConfig, dp_shard: int, batch_ranks: int, dump_folder: str) -> JobConfig:
     """The config with every -1 and empty folder replaced by what it stands for."""
     training, schedule = config.training, config.lr_scheduler

@@ -220,6 +220,31 @@ def memory_budget_is_the_compilers(config: JobConfig) -> None:
         )
 
 
+def float8_gathers_are_tensorwise(config: JobConfig) -> None:
+    section = config.quantize.linear.float8
+    if section.enable_fsdp_float8_all_gather and section.recipe_name != "tensorwise":
+        raise UserError(
+            f'quantize.linear.float8.recipe_name = "{section.recipe_name}" has no float8 gathers: set '
+            'enable_fsdp_float8_all_gather = false, or recipe_name = "tensorwise"'
+        )
+    if section.precompute_float8_dynamic_scale_for_fsdp and not section.enable_fsdp_float8_all_gather:
+        raise UserError(
+            "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp = true computes scales for float8 "
+            "gathers: set enable_fsdp_float8_all_gather = true too"
+        )
+    if section.recipe_name == "rowwise_with_gw_hp" and "auto_filter_small" in section.filter_fqns:
+        raise UserError(
+            'quantize.linear.float8.filter_fqns: torchao knows no sizes for "auto_filter_small" with '
+            'recipe_name = "rowwise_with_gw_hp"; name the layers'
+        )
+
+
+def converters_are_named_once(config: JobConfig) -> None:
+    converters = config.model.converters
+    if len(set(converters)) < len(converters):
+        raise UserError(f"model.converters = {converters}: each once")
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     only_a_text_dataset_takes_a_path,
@@ -241,4 +266,6 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     checkpointing_option_is_op_or_a_number,
     compile_has_components,
     memory_budget_is_the_compilers,
+    float8_gathers_are_tensorwise,
+    converters_are_named_once,
 )

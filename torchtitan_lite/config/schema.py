@@ -14,6 +14,7 @@ from torchtitan_lite.config.running import Faults as Faults
 from torchtitan_lite.config.setting import setting
 from torchtitan_lite.config.techniques import ActivationCheckpoint as ActivationCheckpoint
 from torchtitan_lite.config.techniques import Compile as Compile
+from torchtitan_lite.config.techniques import Quantize as Quantize
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Model:
 
     spec: str = ""
     """Import path `package.module:SPEC` of a ModelSpec from outside; takes the place of `name`."""
+
+    converters: list[Literal["quantize.linear.float8"]] = field(default_factory=list)
+    """What the model is changed by before it is spread over ranks: names of sections."""
 
     tokenizer_path: str = ""
     """A sentencepiece .model file. Empty: one is trained on the corpus once and cached."""
@@ -336,4 +340,5 @@ class JobConfig:
     data: Data = field(default_factory=Data)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
     compile: Compile = field(default_factory=Compile)
+    quantize: Quantize = field(default_factory=Quantize)
     debug: Debug = field(default_factory=Debug)

@@ -40,3 +40,39 @@ class Compile:
 
     backend: Literal["inductor", "aot_eager", "eager"] = "inductor"
     """Compiler of the graphs; `aot_eager` and `eager` trace and run them without one."""
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Matrix products of linear layers in float8, through torchao; `model.converters` asks for it."""
+
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"
+    """What has a scale of its own: `tensorwise` each tensor, `rowwise` each of its rows; `rowwise_with_gw_hp` computes
+    gradients of weights in full precision."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """FSDP gathers weights in float8: half the bytes of bfloat16. With `tensorwise`."""
+
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Scales of all weights in one all-reduce after the step, instead of one for each gather."""
+
+    filter_fqns: list[str] = field(default_factory=list)
+    """Layers that stay as they are: parts of their names, as in `output`. `auto_filter_small`: those that torchao
+    knows to be too small to gain."""
+
+    emulate: bool = False
+    """Round to float8 and multiply in full precision: for hardware without float8. Slower than without."""
+
+
+@dataclass(frozen=True)
+class LinearLayers:
+    """What is done to linear layers."""
+
+    float8: Float8 = field(default_factory=Float8)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Products in lower precision."""
+
+    linear: LinearLayers = field(default_factory=LinearLayers)

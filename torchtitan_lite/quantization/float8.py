@@ -1,0 +1,124 @@
+"""Float8 matrix products in training, through torchao (arXiv:2209.05433).
+
+A linear layer casts its input, its weight and the gradient of its output to float8 and scales each by its largest
+value: of the tensor (`tensorwise`) or of each row (`rowwise`). Parameters, their gradients and the optimizer stay as
+they are.
+"""
+
+import logging
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from torchtitan_lite.config.techniques import Float8
+from torchtitan_lite.errors import UserError
+
+logger = logging.getLogger("torchtitan_lite")
+
+_MULTIPLE = 16  # of which rows and columns must be, for the hardware
+_AUTO = "auto_filter_small"
+_KEY = "quantize.linear.float8"
+
+
+def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> None:
+    """Make the linear layers of `model` (on meta) compute in float8, in place, but for those that are filtered out.
+
+    Raises UserError where the device has no float8.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    _require_hardware(section, device)
+    left = left_out(model, section)
+    if section.enable_fsdp_float8_all_gather or section.recipe_name == "tensorwise":
+        config = Float8LinearConfig(
+            enable_fsdp_float8_all_gather=section.enable_fsdp_float8_all_gather, emulate=section.emulate
+        )
+    else:
+        recipe = Float8LinearConfig.from_recipe_name(section.recipe_name)
+        # Its fields are derived from one another once; replace() would derive them again.
+        object.__setattr__(recipe, "emulate", section.emulate)
+        config = recipe
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name not in left)
+    done = [name for name, module in model.named_modules() if _is_float8(module)]
+    reasons = "".join(f"; not {_grouped(names)}: {reason}" for reason, names in _by_reason(left).items())
+    logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), _grouped(done), reasons)
+
+
+def require_shapes(model: nn.Module, section: Float8) -> None:
+    """Raise UserError where a rank's part of a float8 layer has a shape that the hardware cannot take."""
+    if section.emulate:
+        return
+    for name, module in model.named_modules():
+        if _is_float8(module):
+            weight = module.weight
+            rows, columns = (weight.to_local() if isinstance(weight, DTensor) else weight).shape
+            if rows % _MULTIPLE or columns % _MULTIPLE:
+                raise UserError(
+                    f"{_KEY}: {name} is {rows} x {columns} on a rank, and float8 products take multiples of "
+                    f'{_MULTIPLE}; add "{name.rpartition(".")[2]}" to {_KEY}.filter_fqns'
+                )
+
+
+def precompute_scales(parts: Iterable[nn.Module]) -> None:
+    """Scales of all weights for the next gathers, in one all-reduce; after each change of the parameters."""
+    from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+
+    for part in parts:
+        precompute_float8_dynamic_scale_for_fsdp(part)
+
+
+def require_filters(model: nn.Module, section: Float8) -> None:
+    """Raise UserError where a filter names no layer of the whole `model`, and where they leave none."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for each in section.filter_fqns:
+        if each != _AUTO and not any(each in name for name in layers):
+            raise UserError(
+                f'{_KEY}.filter_fqns: "{each}" is in no linear layer\'s name; some are {", ".join(layers[:3])}'
+            )
+    if len(left_out(model, section)) == len(layers):
+        raise UserError(f"{_KEY}.filter_fqns = {section.filter_fqns} leaves no layer to compute in float8; shorten it")
+
+
+def left_out(model: nn.Module, section: Float8) -> dict[str, str]:
+    """Linear layers that stay as they are, each with the reason."""
+    from torchao.float8 import _auto_filter_for_recipe
+
+    filters = [name for name in section.filter_fqns if name != _AUTO]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    large = _auto_filter_for_recipe(section.recipe_name, []) if _AUTO in section.filter_fqns else None
+    left = {}
+    for name, module in layers.items():
+        if (named := next((each for each in filters if each in name), None)) is not None:
+            left[name] = f'"{named}" in filter_fqns'
+        elif large is not None and not large(module, name):
+            left[name] = f"too small to gain ({_AUTO})"
+    return left
+
+
+def _require_hardware(section: Float8, device: torch.device) -> None:
+    if section.emulate or device.type != "cuda":
+        return
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise UserError(
+            f"{_KEY}: {torch.cuda.get_device_name(device)} has no float8 products (compute capability 8.9 or more); "
+            f"set {_KEY}.emulate = true, or take it out of model.converters"
+        )
+
+
+def _is_float8(module: nn.Module) -> bool:
+    return type(module).__name__ == "Float8Linear"
+
+
+def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left.items():
+        reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def _grouped(names: list[str]) -> str:
+    """Blocks' layers under one name."""
+    return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
