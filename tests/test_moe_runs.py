@@ -78,12 +78,12 @@ def test_a_mixture_trains_in_bfloat16_on_shared_experts(pool: RankPool, recipe: 
 def test_the_shipped_recipe_resumes_with_its_experts_on_fewer_ranks(
     pool: RankPool, tmp_path: Path, cache: Path
 ) -> None:
-    """ep 4, then ep 2, with the losses of one process."""
+    """ep 2, then ep 1, with the losses of one process."""
     recipe = ROOT / "train_configs" / "qwen3_moe_debug.toml"
     settings = (f"--data.cache_folder={cache}", "--training.global_batch_size=4", "--training.seq_len=64")
     settings += ("--lr_scheduler.total_steps=4", "--validation.enable=false", "--metrics.enable_tensorboard=false")
     one = _run(pool, 1, recipe, tmp_path / "one", *settings, "--training.steps=4")
-    for ranks, steps in ((4, 2), (2, 4)):
+    for ranks, steps in ((2, 2), (1, 4)):
         mesh = (f"--parallelism.expert_parallel_degree={ranks}", f"--training.steps={steps}")
         parts = _run(pool, ranks, recipe, tmp_path / "parts", *settings, *mesh)
     assert [line["loss"] for line in parts] == pytest.approx([line["loss"] for line in one], rel=2e-6)

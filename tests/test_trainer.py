@@ -38,9 +38,7 @@ MESHES = [
     (2, "--parallelism.data_parallel_replicate_degree=1"),
     (2, "--parallelism.data_parallel_replicate_degree=2"),
     (3, "--parallelism.data_parallel_replicate_degree=1"),
-    (4, "--parallelism.data_parallel_replicate_degree=1"),
     (4, "--parallelism.data_parallel_replicate_degree=2"),
-    (4, "--parallelism.data_parallel_replicate_degree=4"),
 ]
 
 

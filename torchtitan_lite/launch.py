@@ -135,12 +135,12 @@ def _torchrun(command: list[str], plan: JobPlan) -> int:
     from torch.distributed.elastic.rendezvous import RendezvousClosedError as Closed
     from torch.distributed.elastic.rendezvous import RendezvousError
 
-    signal.signal(signal.SIGINT, before)
     # The ranks have printed what went wrong; the agent's own account of it is a page long.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
+        signal.signal(signal.SIGINT, before)
         run.main(command)
     except SignalException as stopped:
         return _stopped_by(stopped.sigval, plan)

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from threading import Event, main_thread
@@ -193,6 +193,15 @@ def test_a_checkpoint_that_is_removed_meanwhile_is_not_bad(
     assert _lines(capsys, "verify", final)[0] == f"gone  {final}: removed meanwhile"
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    # A shell starts what it runs in the background with SIGINT ignored, and Python leaves that as it is.
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_does_not_wait_for_the_end_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given_up = Event()
     monkeypatch.setattr(storage, "_BUFFER", 16)

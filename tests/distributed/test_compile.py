@@ -29,31 +29,29 @@ def _nothing_compiled() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "kinds"),
+    ("model", "section", "kinds"),
     [
-        (ActivationCheckpoint("none"), 1),
-        (ActivationCheckpoint("full"), 1),
-        (ActivationCheckpoint("selective", "op"), 1),
-        (ActivationCheckpoint("selective", "3"), 2),
+        ((DEEP_LLAMA, "untied"), ActivationCheckpoint("none"), 1),
+        ((DEEP_LLAMA, "untied"), ActivationCheckpoint("selective", "op"), 1),
+        ((DEEP_LLAMA, "untied"), ActivationCheckpoint("selective", "3"), 2),
+        # Of a mixture attention alone is compiled, which checkpointing stays around.
+        ((MOE, "shared"), ActivationCheckpoint("selective", "3"), 1),
     ],
-    ids=["none", "full", "op", "every third"],
+    ids=["none", "op", "every third", "mixture, every third"],
 )
-@pytest.mark.parametrize(("spec", "flavor"), [(DEEP_LLAMA, "untied"), (MOE, "shared")], ids=["dense", "mixture"])
-def test_a_graph_for_each_kind_of_block(
-    spec: ModelSpec, flavor: str, section: ActivationCheckpoint, kinds: int
-) -> None:
+def test_a_kind_of_block_is_a_graph(model: tuple[ModelSpec, str], section: ActivationCheckpoint, kinds: int) -> None:
+    spec, flavor = model
     # More blocks than dynamo compiles of one piece of code.
     args = replace(spec.flavors[flavor], n_layers=12)
-    model = spec.build(args)
-    initialize(model, 1, lambda name: spec.initial(name, args))
-    apply_activation_checkpoint(model, spec.plan(args), section)
-    apply_compile(model, spec.plan(args), AOT)
+    module = spec.build(args)
+    initialize(module, 1, lambda name: spec.initial(name, args))
+    apply_activation_checkpoint(module, spec.plan(args), section)
+    apply_compile(module, spec.plan(args), AOT)
     for _ in range(2):
-        model(torch.randint(384, (2, 16))).sum().backward()
+        module(torch.randint(384, (2, 16))).sum().backward()
         with torch.no_grad():
-            model(torch.randint(384, (2, 16)))
-    # Of a mixture attention alone is compiled, which checkpointing stays around. Training and evaluation are two.
-    assert counters["stats"]["unique_graphs"] == 2 * (1 if spec is MOE else kinds)
+            module(torch.randint(384, (2, 16)))
+    assert counters["stats"]["unique_graphs"] == 2 * kinds  # training and evaluation are two
     assert not counters["graph_break"]
 
 
@@ -100,8 +98,8 @@ OP = "--activation_checkpoint.selective_ac_option=op"
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     "arguments",
-    [[], [TP, OP], [CP, "--training.loss_chunks=3"], [PP]],
-    ids=["fsdp", "tp, checkpointing by operation", "cp, loss in parts", "pp"],
+    [[TP, OP], [CP, "--training.loss_chunks=3"], [PP]],
+    ids=["tp, checkpointing by operation", "cp, loss in parts", "pp"],
 )
 def test_nothing_is_compiled_again(
     pool: RankPool, tmp_path: Path, corpus: Path, cache: Path, arguments: list[str]

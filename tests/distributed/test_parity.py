@@ -42,13 +42,9 @@ def test_a_mesh_computes_what_one_process_does(alone: Alone, case: Case) -> None
 # One of each kind here; all of them in `make mutants`.
 _KINDS = (
     "loss_divided_twice",
-    "padding_has_a_loss",
     "no_reduction_over_cp",
-    "rope_offset",
-    "norm_of_own_stages",
     "validation_counts_padding",
     "expert_gradients_divided",
-    "bias_per_rank",
     "balance_over_ranks",
     "recomputed_from_another_input",
 )

@@ -120,7 +120,7 @@ def test_skips_are_the_same_on_every_number_of_ranks(pool: RankPool, recipe: Pat
         assert losses == pytest.approx(runs[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])
+@pytest.mark.parametrize("implementation", ["fused", "for-loop"])
 def test_a_guard_that_finds_nothing_changes_no_bit(
     pool: RankPool, recipe: Path, tmp_path: Path, implementation: str
 ) -> None:

@@ -28,6 +28,7 @@ from torchtitan_lite.elastic.stall_report import Account, Limit, report
 _ANSWER_S = 2.0  # for the other ranks' accounts
 _SPEAK_S = 5.0  # for the rank that reports, before torchrun ends it with the first that leaves
 _LAST_RESORT_S = 15.0  # a disk or a store that hangs too must not keep a rank
+_ENDED = "ended"  # a rank that tells nothing more, and rightly
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,8 @@ class Watchdog:
 
     The loop calls `beat` where a phase begins; one that comes forward no more for comm.init_timeout_seconds, after
     `tighten` for comm.train_timeout_seconds, has hung: all ranks give an account of themselves, the first one that
-    answers prints a line and writes event "stall", and all end with exit code 1. event: writes a line of events.jsonl.
-    folder: of the run.
+    answers prints a line and writes event "stall", and all end with exit code 1. So they do where one of them tells the
+    job's store nothing for as long. event: writes a line of events.jsonl. folder: of the run.
     """
 
     def __init__(self, comm: Comm, folder: Path, here: Runtime, event: Callable[..., None]) -> None:
@@ -89,7 +90,7 @@ class Watchdog:
 
     @contextmanager
     def paused(self, phase: str) -> Iterator[None]:
-        """Within it there is no limit."""
+        """Within it there is no limit to how long this rank takes; the next one must be heard of."""
         before, self._paused = self._paused, True
         self.beat(phase)
         try:
@@ -164,19 +165,31 @@ class Watchdog:
         try:
             store = connect(_STORE_TIMEOUT)
             told, every = -float("inf"), min(10.0, self._comm.train_timeout_seconds / 5)
+            heard = _Heard(self._last_of((self._here.rank + 1) % self._here.world_size))
             while True:
                 if time.monotonic() - told >= every:
                     told = time.monotonic()
-                    last = {"host": self._host, "step": self._step, "phase": self._beat[0], "time": time.time()}
-                    store.set(f"{self._prefix}/last/{self._here.rank}", json.dumps(last))
+                    self._tell(store, self._beat[0])
+                    # Where there is no limit this rank may wait for one that is gone, its cable pulled.
+                    if heard.silent_s(store) > self._limit.seconds and self._paused:
+                        self._wake.set()
                 if store.check([f"{self._prefix}/called"]):
                     self._wake.set()
                 if self._hush.wait(min(1.0, every)):
                     break
-            if not self._closing and self._account is not None:
+            if self._closing:
+                self._tell(store, _ENDED)
+            elif self._account is not None:
                 self._gather(store, self._account)
         except RuntimeError as error:
             logger.warning("the watchdog of rank %d has lost the job's store: %s", self._here.rank, error)
+
+    def _tell(self, store: dist.Store, phase: str) -> None:
+        last = {"host": self._host, "step": self._step, "phase": phase, "time": time.time()}
+        store.set(self._last_of(self._here.rank), json.dumps(last))
+
+    def _last_of(self, rank: int) -> str:
+        return f"{self._prefix}/last/{rank}"
 
     def _gather(self, store: dist.Store, here: Account) -> None:
         """Give this rank's account, take the others' where it is the first that answers, and say what they make."""
@@ -195,11 +208,24 @@ class Watchdog:
     def _heard_of(self, store: dist.Store, rank: int) -> Account:
         if store.check([key := f"{self._prefix}/account/{rank}"]):
             return Account(**json.loads(store.get(key)))
-        if not store.check([key := f"{self._prefix}/last/{rank}"]):
+        if not store.check([key := self._last_of(rank)]):
             return Account(rank, "", 0, "", -1.0, answered=False)
         last: dict[str, Any] = json.loads(store.get(key))
         ago = max(0.0, time.time() - last["time"])
         return Account(rank, last["host"], last["step"], last["phase"], ago, answered=False)
+
+
+class _Heard:
+    """What a rank tells the store, and for how long it has told nothing new, by this rank's clock."""
+
+    def __init__(self, key: str) -> None:
+        self._key, self._last, self._at = key, b"", time.monotonic()
+
+    def silent_s(self, store: dist.Store) -> float:
+        if store.check([self._key]) and (last := store.get(self._key)) != self._last:
+            self._last, self._at = last, time.monotonic()
+        ended = bool(self._last) and json.loads(self._last)["phase"] == _ENDED
+        return 0.0 if ended else time.monotonic() - self._at
 
 
 def _until(true: Callable[[], bool], seconds: float) -> bool:
