@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -21,12 +22,18 @@ from torchtitan_lite.config.schema import (
     Training,
     Validation,
 )
+from torchtitan_lite.config.techniques import Float8, LinearLayers, Quantize
 from torchtitan_lite.errors import UserError
 
 Rule = Callable[[JobConfig], None]
 
 _ASYNC = Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)
 _MIXTURE = Training(dataset="mixture")
+
+
+def _float8(**keys: Any) -> Quantize:
+    return Quantize(LinearLayers(Float8(**keys)))
+
 
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
     (
@@ -192,6 +199,29 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
             compile=Compile(enable=True, components=["loss"]),
         ),
         'activation_checkpoint.mode = "memory_budget" is kept where blocks are compiled, and compile.components',
+    ),
+]
+
+REFUSED += [
+    (
+        rules.float8_gathers_are_tensorwise,
+        JobConfig(quantize=_float8(recipe_name="rowwise", enable_fsdp_float8_all_gather=True)),
+        'quantize.linear.float8.recipe_name = "rowwise" has no float8 gathers',
+    ),
+    (
+        rules.float8_gathers_are_tensorwise,
+        JobConfig(quantize=_float8(precompute_float8_dynamic_scale_for_fsdp=True)),
+        "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp = true computes scales for float8 gathers",
+    ),
+    (
+        rules.float8_gathers_are_tensorwise,
+        JobConfig(quantize=_float8(recipe_name="rowwise_with_gw_hp", filter_fqns=["auto_filter_small"])),
+        "quantize.linear.float8.filter_fqns: torchao knows no sizes",
+    ),
+    (
+        rules.converters_are_named_once,
+        JobConfig(model=Model(converters=["quantize.linear.float8"] * 2)),
+        "model.converters = ",
     ),
 ]
 

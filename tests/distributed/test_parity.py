@@ -9,10 +9,10 @@ import pytest
 
 from tests.parity import memory_mutants, moe_mutants, mutants  # noqa: F401, each registers its own
 from tests.parity.__main__ import parity_corpus
-from tests.parity.cases import BFLOAT16, CASES, EXPERTS
+from tests.parity.cases import BFLOAT16, CASES, EXPERTS, FLOAT8
 from tests.parity.mutant import MUTANTS, Mutant
 from tests.parity.mutate import caught_by
-from tests.parity.runner import BF16_LIMITS, LIMITS, Alone, Case, base_recipe, compare, exceeded, run_case
+from tests.parity.runner import Alone, Case, base_recipe, compare, exceeded, limits_of, run_case
 from tests.ranks import RankPool
 
 _STEPS = 2  # and a validation after them: a difference feeds back through clipping and the optimizer
@@ -29,14 +29,16 @@ def _ids(case: Case) -> str:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.ranks(case.ranks)) for case in [*CASES, *BFLOAT16[:3]]], ids=_ids
+    "case",
+    [pytest.param(case, marks=pytest.mark.ranks(case.ranks)) for case in [*CASES, *BFLOAT16[:3], FLOAT8[0]]],
+    ids=_ids,
 )
 def test_a_mesh_computes_what_one_process_does(alone: Alone, case: Case) -> None:
     found = run_case(alone.pool, alone.recipe, case, _STEPS)
     difference = compare(found, alone.of(case))
     if difference.ties:
         warnings.warn(f"{case}: {difference.ties} ties between experts fell the other way", stacklevel=1)
-    assert not exceeded(difference, BF16_LIMITS if case in BFLOAT16 else LIMITS), difference
+    assert not exceeded(difference, limits_of(case)), difference
 
 
 # One of each kind here; all of them in `make mutants`.

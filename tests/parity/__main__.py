@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.corpus import write_corpus
-from tests.parity.cases import BFLOAT16, CASES, THOROUGH
+from tests.parity.cases import BFLOAT16, CASES, FLOAT8, THOROUGH
 from tests.parity.report import write_section
 from tests.parity.runner import (
     BF16_LIMITS,
@@ -44,7 +44,7 @@ def main() -> int:
     logging.disable(logging.WARNING)
     rows: list[tuple[Case, Difference]] = []
     failures = 0
-    cases = [case for case in [*CASES, *THOROUGH, *BFLOAT16] if options.only in f"{case.model} {case.name}"]
+    cases = [case for case in [*CASES, *THOROUGH, *BFLOAT16, *FLOAT8] if options.only in f"{case.model} {case.name}"]
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
         folder = Path(name)
         recipe = base_recipe(folder, parity_corpus(folder), folder / "cache")
@@ -53,7 +53,7 @@ def main() -> int:
         try:
             for case in cases:
                 started = time.perf_counter()
-                limits = BF16_LIMITS if case in BFLOAT16 else LIMITS
+                limits = limits_of(case)
                 difference = compare(run_case(pool, recipe, case), alone.of(case))
                 rows.append((case, difference))
                 beyond = exceeded(difference, limits)

@@ -29,10 +29,16 @@ _KEYS = {
     "loss_chunks": "training.loss_chunks",
     "ac": "activation_checkpoint.mode",
     "kept": "activation_checkpoint.selective_ac_option",
+    "gathered": "quantize.linear.float8.enable_fsdp_float8_all_gather",
+    "ahead": "quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp",
     "ep": "parallelism.expert_parallel_degree",
     "halves": "moe.overlap_halves",
 }
 _WORDS = {
+    "model.converters": "float8",
+    "training.local_batch_size": "a sample a micro-batch",
+    "quantize.linear.float8.filter_fqns": "but for the output",
+    "quantize.linear.float8.recipe_name": "{}",
     "moe.capacity_factor": "capacity {}",
     "debug.moe_force_load_balance": "in turn",
     "training.global_batch_size": "batch {}",
@@ -206,6 +212,24 @@ THOROUGH = [
     mixture(4, "MOE_GPT/small", cp=2, tp=2, ep=2),
 ]
 CASES = [*DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMPILED, *OUTSIDE, *EXPERTS]
+
+# Float8 rounds to 3 bits, with scales of each micro-batch: the same ones on the single process.
+_F8 = {"model.converters": ["quantize.linear.float8"], "quantize.linear.float8.filter_fqns": ["output"]}
+_TENSORWISE = _F8 | {"training.local_batch_size": 1}
+_ROWWISE = _TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise"}
+_HIGH = _TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise_with_gw_hp"}
+FLOAT8 = [
+    case(2, recipe=_TENSORWISE, **OP),
+    case(2, recipe=_ROWWISE),
+    case(2, recipe=_HIGH, **FULL),
+    case(2, recipe=_TENSORWISE, gathered=True),
+    case(2, recipe=_TENSORWISE, gathered=True, ahead=True),
+    case(2, recipe=_TENSORWISE, tp=2),
+    case(2, recipe=_ROWWISE, tp=2, loss_chunks=2),
+    case(2, recipe=_TENSORWISE, pp=2),
+    case(2, recipe=_TENSORWISE, compiled=True, backend="aot_eager"),
+    case(4, recipe=_TENSORWISE, shard=2, tp=2, gathered=True),
+]
 
 # bfloat16 rounds to 3 digits, elsewhere on every mesh: held to the single process in bfloat16.
 _BF16 = {"training.mixed_precision_param": "bfloat16"}
