@@ -20,6 +20,7 @@ from tests.parity.runner import (
     base_recipe,
     compare,
     exceeded,
+    limits_of,
     run_case,
 )
 from tests.ranks import RankPool

@@ -102,8 +102,8 @@ BF16_LIMITS = {
     "validation": 5e-4,
 }
 
-# Float8 keeps 3 bits of a number, and what differs in the last bit of float32 rounds to another one here and there: then
-# a gradient moves, and all after it.
+# Float8 keeps 3 bits of a number, and what differs in the last bit of float32 rounds to another one here and there:
+# then a gradient moves, and all after it.
 F8_LIMITS = {
     "choices": 0,
     "ties": 0,
