@@ -12,6 +12,7 @@ from tests.parity.cases import BFLOAT16, CASES, FLOAT8, THOROUGH
 from tests.parity.report import write_section
 from tests.parity.runner import (
     BF16_LIMITS,
+    F8_LIMITS,
     LIMITS,
     STEPS,
     Alone,
@@ -93,6 +94,7 @@ def _write(rows: list[tuple[Case, Difference]]) -> None:
     lines.append(
         "| **limit in bfloat16** | | | " + " | ".join(_shown(BF16_LIMITS[column]) for column in _COLUMNS) + " |"
     )
+    lines.append("| **limit in float8** | | | " + " | ".join(_shown(F8_LIMITS[column]) for column in _COLUMNS) + " |")
     write_section("parity", lines)
 
 
