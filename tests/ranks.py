@@ -190,11 +190,12 @@ def _run(function: Callable[..., Any], args: tuple[Any, ...], group: bool, timeo
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        # Training turns the collector off, and what a run leaves keeps the threads of its process groups.
-        gc.collect()
         # A start that failed has counted: its rank would meet the others of the next run under another name.
         dist.distributed_c10d._world.group_count = 0
         _forget_meshes()
+        # Last, and whatever training did to the collector: what a run leaves keeps the threads of its process groups,
+        # which poll.
+        gc.collect()
 
 
 def _forget_meshes() -> None:
@@ -209,7 +210,10 @@ def _forget_meshes() -> None:
     if "torch.distributed.tensor" not in sys.modules:
         return
     from torch.distributed.tensor import DTensor, _redistribute
+    from torch.distributed.tensor._collective_utils import MeshTopoInfo
 
+    MeshTopoInfo.build_from_mesh.cache_clear()
     DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
     _redistribute._gen_transform_infos.cache_clear()
+    _redistribute.clear_redistribute_planner_cache()
     torch._C._clear_DTensor_sharding_propagator_cache()

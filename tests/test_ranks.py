@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,3 +54,25 @@ def test_a_death_names_the_rank(pool: RankPool) -> None:
     with pytest.raises(RankError, match="rank 0 of 2 failed:\nthe process died with exit code 3"):
         pool.run(_die_on_rank_0, 2)
     assert len(pool.run(_sum_of_ranks, 2)) == 2
+
+
+def _redistributes(axis: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(axis,))
+    rows = distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])
+    (rows @ rows).redistribute(mesh, [Shard(1)]).full_tensor()
+
+
+def _gloo_threads() -> int:
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+
+
+def test_a_run_leaves_no_threads_of_its_groups(pool: RankPool) -> None:
+    counts = []
+    for axis in ("dp", "tp", "cp"):  # what is cached is so by mesh
+        pool.run(_redistributes, 2, axis)
+        counts.append(pool.run(_gloo_threads, 2, group=False))
+    assert counts[0] == counts[1] == counts[2]

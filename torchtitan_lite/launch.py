@@ -7,6 +7,7 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):  # not 
     # No exception among imports, a model's from outside too: some of what torch imports swallows every one.
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -129,12 +130,14 @@ def _torchrun(command: list[str], plan: JobPlan) -> int:
     """Run torchrun's own entry; it returns after the last rank, and passes signals on to all of them."""
     # While torch is imported, as above.
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    gc.disable()  # what is imported stays
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousClosedError as Closed
     from torch.distributed.elastic.rendezvous import RendezvousError
 
+    gc.enable()
     # The ranks have printed what went wrong; the agent's own account of it is a page long.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
