@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from torchtitan_lite.config.resolution import uses_float8
 from torchtitan_lite.config.schema import JobConfig
@@ -137,7 +138,12 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
         mixture = mixture_styles(plan.experts) if plan.experts else {}
         # First in order, where the first that matches counts, and last in value.
         styles = {**mixture, **plan.tensor.styles, **mixture}
-        apply_tensor_parallel(module, tensor, styles, logits=_logits(config))
+        instead: dict[str, ParallelStyle] = {}
+        if uses_float8(config):
+            from torchtitan_lite.quantization.float8 import float8_gathers
+
+            instead = float8_gathers(module, float8, styles, device)
+        apply_tensor_parallel(module, tensor, styles, logits=_logits(config), instead=instead)
     if uses_float8(config):
         from torchtitan_lite.quantization.float8 import require_shapes
 

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.ranks import RankPool
-from tests.test_trainer import _run
+from tests.test_trainer import _run, _train
 from tests.tiny import DEEP_LLAMA, write_recipe
 from torchtitan_lite.config.techniques import Float8
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.models.llama3.args import Llama3Args
-from torchtitan_lite.quantization.float8 import apply_float8, left_out, require_filters, require_shapes
+from torchtitan_lite.observability.sinks import read_lines
+from torchtitan_lite.quantization.float8 import apply_float8, float8_gathers, left_out, require_filters, require_shapes
 
 CPU = torch.device("cpu")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -144,6 +146,43 @@ def test_float8_is_the_same_on_every_mesh_that_has_the_same_micro_batches(
         assert losses[0] == pytest.approx(one[0], rel=1e-6), name
         # A difference in the last bit rounds to another float8 here and there.
         assert losses == pytest.approx(one, rel=2e-4), name
+
+
+def _train_as_on_cuda(recipe: str, *overrides: str) -> int:
+    """Gathers of tensor parallelism in float8, which gloo takes as bytes. Returns how many there were."""
+    from torchao.float8.float8_ops import FLOAT8_OPS_TABLE
+    from torchao.float8.float8_training_tensor import Float8TrainingTensor
+
+    gather, cuda, gathers = torch.ops._c10d_functional.all_gather_into_tensor.default, torch.device("cuda"), []
+
+    def as_bytes(op: Any, args: Any, kwargs: Any = None) -> Tensor:
+        part = args[0]
+        gathers.append(part.shape)
+        whole = op(part._data.contiguous().view(torch.uint8), *args[1:]).view(part._data.dtype)
+        properties = part._scale, part._orig_dtype, part._linear_mm_config, part._gemm_input_role
+        return Float8TrainingTensor(whole, *properties)
+
+    def on_cuda(module: nn.Module, section: Float8, styles: Any, device: torch.device) -> Any:
+        return float8_gathers(module, section, styles, cuda)
+
+    with (
+        patch.dict(FLOAT8_OPS_TABLE, {gather: as_bytes}),
+        patch("torchtitan_lite.quantization.float8.float8_gathers", on_cuda),
+    ):
+        assert _train(recipe, *overrides) == 0
+    return len(gathers)
+
+
+@pytest.mark.ranks(2)
+def test_tensor_parallelism_gathers_in_float8(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    one = [line["loss"] for line in _run(pool, 1, recipe, tmp_path / "one", "--checkpoint.enable=false")]
+    mesh = ("--parallelism.tensor_parallel_degree=2", "--checkpoint.enable=false")
+    gathers = pool.run(_train_as_on_cuda, 2, str(recipe), f"--job.dump_folder={tmp_path / 'tp'}", *mesh, group=False)
+    # In each of four steps, of two micro-batches, of three blocks: two inputs, and the gradients of two outputs.
+    assert gathers == [4 * 2 * 3 * 4] * 2
+    losses = [line["loss"] for line in read_lines(tmp_path / "tp" / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(one[0], rel=1e-6)
+    assert losses == pytest.approx(one, rel=2e-4)
 
 
 @pytest.mark.ranks(2)

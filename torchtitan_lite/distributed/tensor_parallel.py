@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel.style import ParallelStyle
 from torchtitan_lite.distributed.plans import TensorStyle
 from torchtitan_lite.distributed.units import matches
 
-_SEQUENCE, _VOCABULARY = Shard(1), Shard(-1)
+SEQUENCE, _VOCABULARY = Shard(1), Shard(-1)
 
 
 # Split over the vocabulary, as DTensors; gathered on every rank; or none, where the output takes labels and gives a
@@ -34,12 +34,18 @@ Logits = Literal["split", "gathered", "none"]
 
 
 def apply_tensor_parallel(
-    model: nn.Module, mesh: DeviceMesh, styles: Mapping[str, TensorStyle], *, logits: Logits
+    model: nn.Module,
+    mesh: DeviceMesh,
+    styles: Mapping[str, TensorStyle],
+    *,
+    logits: Logits,
+    instead: Mapping[str, ParallelStyle],
 ) -> None:
     """Split `model` (on meta) in place over the one axis of `mesh`. On a pipeline stage, patterns of modules that
     other stages hold match nothing.
 
-    styles: as in TensorPlan, the first that matches counts. logits: see Logits.
+    styles: as in TensorPlan, the first that matches counts. logits: see Logits. instead: by name, of modules that
+    communicate in another way than their style does.
     """
     ways = _styles(logits)
     apart: set[nn.Parameter] = set()
@@ -48,7 +54,7 @@ def apply_tensor_parallel(
         if style == "apart":
             apart.update(module.parameters())
         elif style:
-            parallelize_module(module, mesh, ways[style]())
+            parallelize_module(module, mesh, instead.get(name) or ways[style]())
             if style == "embedding":
                 module.register_forward_hook(_settle)
     for name, parameter in model.named_parameters():
@@ -88,11 +94,9 @@ def _styles(logits: Logits) -> dict[str, Callable[[], ParallelStyle]]:
     sharded over other axes, to which these ranks are some of many."""
     placement, split = (Replicate() if logits == "gathered" else _VOCABULARY), logits == "split"
     output: dict[str, Callable[[], ParallelStyle]] = {
-        "output": lambda: ColwiseParallel(
-            input_layouts=_SEQUENCE, output_layouts=placement, use_local_output=not split
-        ),
+        "output": lambda: ColwiseParallel(input_layouts=SEQUENCE, output_layouts=placement, use_local_output=not split),
         "tied_output": lambda: PrepareModuleInputOutput(
-            input_layouts=(_SEQUENCE, None),
+            input_layouts=(SEQUENCE, None),
             desired_input_layouts=(Replicate(), None),
             output_layouts=_VOCABULARY,
             desired_output_layouts=placement,
@@ -103,23 +107,23 @@ def _styles(logits: Logits) -> dict[str, Callable[[], ParallelStyle]]:
         output = {
             "output": _LossOutput,
             "tied_output": lambda: PrepareModuleInput(
-                input_layouts=(_SEQUENCE, None), desired_input_layouts=(Replicate(), None)
+                input_layouts=(SEQUENCE, None), desired_input_layouts=(Replicate(), None)
             ),
         }
     return output | {
         # Rows of the table are split over the vocabulary; a rank looks up its own, the sum scatters the sequence.
-        "embedding": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=_SEQUENCE),
+        "embedding": lambda: RowwiseParallel(input_layouts=Replicate(), output_layouts=SEQUENCE),
         # Each rank norms its part of the sequence; the weight is whole, its gradient is summed.
         "sequence": SequenceParallel,
         # Gathers the sequence once for all the column-split products within.
-        "gather": lambda: PrepareModuleInput(input_layouts=_SEQUENCE, desired_input_layouts=Replicate()),
+        "gather": lambda: PrepareModuleInput(input_layouts=SEQUENCE, desired_input_layouts=Replicate()),
         "columns": ColwiseParallel,
-        "rows": lambda: RowwiseParallel(output_layouts=_SEQUENCE),
+        "rows": lambda: RowwiseParallel(output_layouts=SEQUENCE),
         # Norms the heads that a rank holds; as with "sequence", the weight's gradient is summed.
         "head_norm": lambda: SequenceParallel(sequence_dim=2, use_local_output=True),
         # Works on its part of the sequence alone.
         "local": lambda: PrepareModuleInput(
-            input_layouts=_SEQUENCE, desired_input_layouts=_SEQUENCE, use_local_output=True
+            input_layouts=SEQUENCE, desired_input_layouts=SEQUENCE, use_local_output=True
         ),
         # Whole on each rank; the module takes its weights as expert_parallel.local gives them.
         "replicated": _Replicated,
@@ -134,7 +138,7 @@ class _LossOutput(ParallelStyle):
             weight = distribute_tensor(part.get_parameter("weight"), mesh, [Shard(0)], src_data_rank=None)
             part.register_parameter("weight", nn.Parameter(weight))
 
-        gathered = PrepareModuleInput(input_layouts=_SEQUENCE, desired_input_layouts=Replicate())
+        gathered = PrepareModuleInput(input_layouts=SEQUENCE, desired_input_layouts=Replicate())
         return gathered._apply(distribute_module(module, device_mesh, split), device_mesh)
 
 

@@ -7,13 +7,16 @@ they are.
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from torchtitan_lite.config.techniques import Float8
+from torchtitan_lite.distributed.plans import TensorStyle
+from torchtitan_lite.distributed.tensor_parallel import SEQUENCE, style_of
 from torchtitan_lite.errors import UserError
 
 logger = logging.getLogger("torchtitan_lite")
@@ -45,6 +48,38 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
     done = [name for name, module in model.named_modules() if _is_float8(module)]
     reasons = "".join(f"; not {_grouped(names)}: {reason}" for reason, names in _by_reason(left).items())
     logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), _grouped(done), reasons)
+
+
+def float8_gathers(
+    model: nn.Module, section: Float8, styles: Mapping[str, TensorStyle], device: torch.device
+) -> dict[str, ParallelStyle]:
+    """By name, the modules of a converted model for which tensor parallelism can gather in float8, each with the style
+    that does so. styles: as in TensorPlan.
+
+    A module's input is gathered once for all its products: in float8 where all of them are.
+    """
+    if section.recipe_name != "tensorwise":
+        return {}
+    if device.type != "cuda":
+        logger.info("float8    not the gathers of tensor parallelism: gloo has none in float8")
+        return {}
+    from torchao.float8.float8_tensor_parallel import (
+        Float8ColwiseParallel,
+        Float8RowwiseParallel,
+        PrepareFloat8ModuleInput,
+    )
+
+    ways: dict[str, Callable[[], ParallelStyle]] = {
+        "gather": lambda: PrepareFloat8ModuleInput(input_layouts=SEQUENCE, desired_input_layouts=Replicate()),
+        "columns": Float8ColwiseParallel,
+        "rows": lambda: Float8RowwiseParallel(output_layouts=SEQUENCE),
+    }
+    found = {}
+    for name, module in model.named_modules():
+        layers = [each for each in module.modules() if isinstance(each, nn.Linear)]
+        if layers and all(map(_is_float8, layers)) and (way := ways.get(style_of(name, styles) or "")):
+            found[name] = way()
+    return found
 
 
 def require_shapes(model: nn.Module, section: Float8) -> None:
