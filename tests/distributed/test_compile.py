@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from tests.ranks import RankPool
 from tests.tiny import DEEP_LLAMA, MOE, write_recipe
-from torchtitan_lite.config.techniques import ActivationCheckpoint, Compile
+from torchtitan_lite.config.techniques import ActivationCheckpoint, Compile, Float8
 from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_lite.distributed.compile import apply_compile, compiled_loss, compiled_so_far
@@ -55,6 +55,19 @@ def test_a_kind_of_block_is_a_graph(model: tuple[ModelSpec, str], section: Activ
     assert not counters["graph_break"]
 
 
+def test_a_block_in_float8_is_a_graph() -> None:
+    from torchtitan_lite.quantization.float8 import apply_float8
+
+    args = replace(DEEP_LLAMA.flavors["untied"], n_layers=12)
+    module = DEEP_LLAMA.build(args)
+    apply_float8(module, Float8(filter_fqns=["output"]), torch.device("cpu"))
+    apply_compile(module, DEEP_LLAMA.plan(args), AOT)
+    for _ in range(2):
+        module(torch.randint(384, (2, 16))).sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
 def test_the_loss_is_a_graph() -> None:
     logits, labels = torch.randn(2, 5, 7, requires_grad=True), torch.randint(7, (2, 5))
     compiled_loss(token_loss_sum, AOT)(logits, labels).backward()
@@ -93,13 +106,15 @@ def _compiled(recipe: str, arguments: list[str]) -> list[dict[str, float]]:
 
 TP, CP, PP = (f"--parallelism.{name}_parallel_degree=2" for name in ("tensor", "context", "pipeline"))
 OP = "--activation_checkpoint.selective_ac_option=op"
+SHALLOW = ("--model.spec=tests.tiny:SPEC", "--model.flavor=tiny")
+F8 = ('--model.converters=["quantize.linear.float8"]', "--quantize.linear.float8.enable_fsdp_float8_all_gather=true")
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     "arguments",
-    [[TP, OP], [CP, "--training.loss_chunks=3"], [PP]],
-    ids=["tp, checkpointing by operation", "cp, loss in parts", "pp"],
+    [[TP, OP], [CP, "--training.loss_chunks=3"], [PP], [OP, *F8, *SHALLOW]],
+    ids=["tp, checkpointing by operation", "cp, loss in parts", "pp", "float8, gathered so"],
 )
 def test_nothing_is_compiled_again(
     pool: RankPool, tmp_path: Path, corpus: Path, cache: Path, arguments: list[str]
