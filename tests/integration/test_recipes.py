@@ -1,4 +1,4 @@
-"""Shipped recipes for large models: what their headers say, and a step of each, cut to two layers, against one process."""
+"""Recipes for large models: what their headers say, and a step of each, cut to two layers, against one process."""
 
 from dataclasses import dataclass
 from math import prod
@@ -45,7 +45,8 @@ FOUR_STAGES = (
     '--parallelism.module_fqns_per_model_part=[["tok_embeddings"],["layers.0"],["layers.1"],["norm","output"]]',
 )
 STEPS = [
-    Step("llama3_8b", (2, 1, 1, 1)),
+    # One whose blocks are compiled, without the kernels.
+    Step("llama3_8b", (2, 1, 1, 1), more=("--compile.enable=true", "--compile.backend=aot_eager")),
     Step("llama3_8b_128gpus", (4, 1, 1, 1)),
     Step("llama3_70b", (2, 1, 2, 1)),
     Step("qwen3_30b_a3b", (4, 1, 1, 1), experts=2),
@@ -70,7 +71,7 @@ CUT = (
     "--training.mixed_precision_param=float32",
     "--checkpoint.enable=false",
     "--metrics.enable_tensorboard=false",
-    # A compiler's minute, and CUDA's memory.
+    # A compiler's minute, and memory that CUDA alone has.
     "--compile.enable=false",
     "--parallelism.enable_async_tensor_parallel=false",
 )
@@ -98,7 +99,7 @@ def test_a_step_of_the_cut_recipe_is_that_of_one_process(
     one = _step(pool, Step(step.recipe, (1, 1, 1, 1)), corpus, cache, tmp_path / "one", *ALONE)
     found = _step(pool, step, corpus, cache, tmp_path / "mesh", *step.more)
     # Under context parallelism a rank scales its own part of a sequence to float8.
-    limit = 5e-5 if step.degrees()["context_parallel"] > 1 else 1e-6
+    limit = 2e-5 if step.degrees()["context_parallel"] > 1 else 1e-6
     for key in ("loss", "grad_norm"):
         assert found[key] == pytest.approx(one[key], rel=limit), key
 
