@@ -1,6 +1,7 @@
-"""Keep the code that docs/ quote equal to the code: `python docs/quote.py` rewrites the quotes.
+"""Keep what docs/ quote of code and recipes equal to them: `python docs/quote.py` rewrites the quotes.
 
-A quote is a comment `<!-- quote FILE QUALIFIED.NAME -->` followed by a block fenced as python.
+A quote is a comment `<!-- quote FILE QUALIFIED.NAME -->` followed by a block fenced as python; the table of recipes
+stands between two comments.
 """
 
 import ast
@@ -8,8 +9,13 @@ import re
 import textwrap
 from pathlib import Path
 
+from torchtitan_lite.preflight import plan_job
+
 ROOT = Path(__file__).parent.parent
 _QUOTE = re.compile(r"(<!-- quote (\S+) (\S+) -->\n```python\n)(.*?)(```)", re.DOTALL)
+
+_TABLE = re.compile(r"(<!-- recipes: generated .*? -->\n)(.*?)(<!-- recipes: end -->)", re.DOTALL)
+_FIELD = re.compile(r"^# ([A-Z][a-z ]+): +(.*(?:\n# {12,}.*)*)", re.MULTILINE)
 
 
 def source_of(path: Path, name: str) -> str:
@@ -24,8 +30,30 @@ def source_of(path: Path, name: str) -> str:
 
 
 def requoted(text: str) -> str:
-    """A page with every quote as the code is now."""
-    return _QUOTE.sub(lambda m: m[1] + source_of(ROOT / m[2], m[3]) + m[5], text)
+    """A page with every quote as the code is now, and the table as the recipes are."""
+    text = _QUOTE.sub(lambda m: m[1] + source_of(ROOT / m[2], m[3]) + m[5], text)
+    return _TABLE.sub(lambda m: m[1] + recipe_table() + m[3], text)
+
+
+def large_recipes() -> list[Path]:
+    """Those for GPUs; the others have debug in their names."""
+    return sorted(path for path in (ROOT / "train_configs").glob("*.toml") if "debug" not in path.stem)
+
+
+def header(recipe: Path) -> dict[str, str]:
+    """The fields at the top of a recipe for GPUs, as in `# World size: 8`."""
+    return {name: re.sub(r"\s*\n# +", " ", value) for name, value in _FIELD.findall(recipe.read_text("utf-8"))}
+
+
+def recipe_table() -> str:
+    """The smallest first."""
+    rows = ["| recipe | ranks | a step | shows | published |", "|---|---|---|---|---|"]
+    plans = [(plan_job(recipe, (), int(header(recipe)["World size"])), header(recipe)) for recipe in large_recipes()]
+    for plan, told in sorted(plans, key=lambda entry: entry[0].dims.world_size):
+        step = f"{plan.batch.global_batch_size} x {plan.config.training.seq_len:,} tokens"
+        name = f"[{plan.recipe.stem}](../train_configs/{plan.recipe.name})"
+        rows.append(f"| {name} | {plan.dims} | {step} | {told['Shows']} | {told['Published']} |")
+    return "\n".join(rows) + "\n"
 
 
 def pages() -> list[Path]:

@@ -34,6 +34,12 @@ MOE = replace(
         "greedy": replace(_MOE, moe=MoEShape(8, 9)),  # asks for more than there are
     },
 )
+# The families' own flavors with two layers and the debug model's width, for recipes to be stepped with.
+_CUT = {"n_layers": 2, "dim": 256, "n_heads": 16, "n_kv_heads": 2, "vocab_size": 384}
+CUT_LLAMA = replace(LLAMA3, flavors={name: replace(args, ffn_dim=768, **_CUT) for name, args in LLAMA3.flavors.items()})
+CUT_QWEN = replace(
+    QWEN3, flavors={name: replace(args, ffn_dim=64, head_dim=32, **_CUT) for name, args in QWEN3.flavors.items()}
+)
 MOE_GPT = OUTSIDE_MOE
 SMALL_GPT = replace(GPT, name="small_gpt", flavors={"untied": GPTArgs(64, 4, 4, vocab_size=384, max_seq_len=512)})
 

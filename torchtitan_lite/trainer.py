@@ -104,6 +104,7 @@ class Trainer:
         self.progress, self.saved = Progress(), 0
         float8 = config.quantize.linear.float8
         self.scales_ahead = uses_float8(config) and float8.precompute_float8_dynamic_scale_for_fsdp
+        self._parameters_changed()  # they have their first values
 
     def train(self) -> int:
         """Run to training.steps, from the latest checkpoint where there is one.

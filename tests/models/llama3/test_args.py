@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from torchtitan_lite.models.common.rope import rope_table
 from torchtitan_lite.models.llama3 import SPEC
 from torchtitan_lite.models.llama3.args import FLAVORS, Llama3Args
 
@@ -103,6 +104,16 @@ def test_published_shapes() -> None:
         assert args.tied == (flavor in ("1B", "3B"))
         assert args.rope_scaling is not None
         assert args.rope_scaling.factor == (32.0 if flavor in ("1B", "3B") else 8.0)
+
+
+def test_the_flavor_for_256k_tokens_turns_its_slowest_channel_as_far_as_the_published_one() -> None:
+    short, long = FLAVORS["405B"], FLAVORS["405B-256K"]
+    assert replace(long, max_seq_len=short.max_seq_len, rope_scaling=short.rope_scaling) == short
+    angles = [
+        rope_table(torch.tensor([args.max_seq_len]), args.head_dim, args.rope_theta, args.rope_scaling)[:, 0, 0, 63]
+        for args in (short, long)
+    ]
+    assert torch.allclose(*angles, atol=1e-6)
 
 
 @pytest.mark.parametrize(

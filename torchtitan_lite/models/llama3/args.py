@@ -64,4 +64,8 @@ FLAVORS = {
     "8B": Llama3Args(4096, 32, 32, 8, 14336, rope_scaling=_LLAMA_3_1),
     "70B": Llama3Args(8192, 80, 64, 8, 28672, rope_scaling=_LLAMA_3_1),
     "405B": Llama3Args(16384, 126, 128, 8, 53248, rope_scaling=_LLAMA_3_1),
+    # Not published: twice the positions, so the slow frequencies are divided by twice as much.
+    "405B-256K": Llama3Args(
+        16384, 126, 128, 8, 53248, max_seq_len=262_144, rope_scaling=RopeScaling(factor=2 * _LLAMA_3_1.factor)
+    ),
 }
