@@ -182,6 +182,7 @@ def test_what_has_no_effect_is_said(recipe: Path) -> None:
         "--faults.warmup_steps=50": "faults.warmup_steps = 50 has no effect while faults.loss_spike_sigmas and",
         "--compile.backend=eager": "compile.backend = eager has no effect while compile.enable = false",
         "--activation_checkpoint.memory_budget=0.2": "memory_budget = 0.2 has no effect without activation_checkpoint",
+        "--quantize.linear.float8.emulate=true": 'emulate = True has no effect without "quantize.linear.float8" in',
         OP[1]: "selective_ac_option = op has no effect without activation_checkpoint.mode",
         ULYSSES: "rotate_method = alltoall has no effect while parallelism.context_parallel_degree = 1",
         f"{P}disable_loss_parallel=true": "disable_loss_parallel = True has no effect while parallelism.tensor",

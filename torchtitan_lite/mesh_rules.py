@@ -6,6 +6,7 @@ Rules of the recipe alone stand in config/rules.py. No torch.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, floor, gcd, lcm, log10
+from operator import attrgetter
 from typing import Any
 
 from torchtitan_lite.config.resolution import uses_float8
@@ -264,6 +265,13 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
             ),
         ),
         "compile": ((config.compile.enable, "while compile.enable = false", "backend components"),),
+        "quantize.linear.float8": (
+            (
+                uses_float8(config),
+                'without "quantize.linear.float8" in model.converters',
+                " ".join(vars(config.quantize.linear.float8)),
+            ),
+        ),
         "moe": (
             (experts, no_experts, " ".join(vars(config.moe))),
             (not experts or parallelism.expert_parallel_degree > 1, one_rank, "overlap_halves"),
@@ -286,7 +294,7 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
             ),
         ),
     }
-    return [line for name, conditions in needs.items() for line in _idle(name, getattr(config, name), conditions)]
+    return [line for name, conditions in needs.items() for line in _idle(name, attrgetter(name)(config), conditions)]
 
 
 def _idle(name: str, section: Any, needs: _Needs) -> Iterator[str]:

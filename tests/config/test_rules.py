@@ -238,6 +238,8 @@ PASSED: list[tuple[Rule, JobConfig]] = [
         JobConfig(activation_checkpoint=ActivationCheckpoint("memory_budget"), compile=Compile(enable=True)),
     ),
     (rules.compile_has_components, JobConfig(compile=Compile(enable=True, components=["loss"]))),
+    (rules.float8_gathers_are_tensorwise, JobConfig(quantize=_float8(enable_fsdp_float8_all_gather=True))),
+    (rules.converters_are_named_once, JobConfig(model=Model(converters=["quantize.linear.float8"]))),
     (rules.async_tensor_parallel_needs_compile, JobConfig(parallelism=_ASYNC, compile=Compile(enable=True))),
     (
         rules.one_way_to_cut_a_pipeline,

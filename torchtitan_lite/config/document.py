@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from torchtitan_lite.config import running, schema, techniques
@@ -48,7 +49,7 @@ def markdown() -> str:
         "as TOML or as a bare string. Later wins: defaults, `extends`, recipe, command line. An unknown key or a",
         "wrong type ends with exit code 2 and a line that names it.",
     ]
-    for section, cls in _sections(schema.JobConfig, ""):
+    for section, cls in _sections(schema.JobConfig):
         lines += [
             "",
             f"## [{section}]",
@@ -59,18 +60,17 @@ def markdown() -> str:
             "|---|---|---|---|",
         ]
         for field in fields(cls):
-            if is_dataclass(field.type):
-                continue
             doc = field_docs()[cls.__name__, field.name].replace("|", "\\|")
             lines.append(f"| `{field.name}` | {_type(field)} | `{_toml(default_of(field))}` | {doc} |")
     return "\n".join(lines) + "\n"
 
 
-def _sections(cls: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _sections(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and classes of those sections that hold keys, not other sections."""
     for field in fields(cls):
         if is_dataclass(field.type):
-            yield prefix + field.name, field.type
-            yield from _sections(field.type, f"{prefix}{field.name}.")
+            inner = list(_sections(field.type, f"{prefix}{field.name}."))
+            yield from inner or [(prefix + field.name, field.type)]
 
 
 def _type(field: "Field[Any]") -> str:
@@ -93,10 +93,10 @@ def _toml(value: Any) -> str:
 def config_lines(config: schema.JobConfig) -> list[str]:
     """The config as TOML, a comment where a value is not the default."""
     lines: list[str] = []
-    for field in fields(config):
-        section = getattr(config, field.name)
-        lines += ["", f"[{field.name}]"] if lines else [f"[{field.name}]"]
-        for key in fields(section):
+    for name, cls in _sections(schema.JobConfig):
+        section = attrgetter(name)(config)
+        lines += ["", f"[{name}]"] if lines else [f"[{name}]"]
+        for key in fields(cls):
             value, default = getattr(section, key.name), default_of(key)
             changed = "" if value == default else f"  # default {_toml(default)}"
             lines.append(f"{key.name} = {_toml(value)}{changed}")
