@@ -33,7 +33,7 @@ from torchtitan_lite.observability.memory import peak_memory_gib
 from torchtitan_lite.observability.metrics import StepClock, console_line
 from torchtitan_lite.observability.sinks import RunLog, TensorBoard
 from torchtitan_lite.optim.gradients import clip_by_global_norm
-from torchtitan_lite.optim.optimizer import build_optimizer
+from torchtitan_lite.optim.optimizer import build_optimizer, set_lr
 from torchtitan_lite.preflight import JobPlan, identity
 from torchtitan_lite.run_record import clear_stopped, manifest_record, write_stopped
 
@@ -154,8 +154,7 @@ class Trainer:
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step on this rank's micro-batches of a global batch."""
         rate = self.plan.schedule.lr(self.progress.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_lr(self.optimizer, rate)
         self.watchdog.beat("forward and backward")
         loss = self._forward_backward(batches)
         self.watchdog.beat("clipping gradients")

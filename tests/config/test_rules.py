@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from torchtitan_lite.config import rules
+from torchtitan_lite.config.optimizing import ParamGroup
 from torchtitan_lite.config.schema import (
     ActivationCheckpoint,
     Checkpoint,
@@ -18,6 +19,7 @@ from torchtitan_lite.config.schema import (
     LRScheduler,
     Metrics,
     Model,
+    Optimizer,
     Parallelism,
     Training,
     Validation,
@@ -36,6 +38,11 @@ def _float8(**keys: Any) -> Quantize:
 
 
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
+    (
+        rules.parameter_groups_have_patterns,
+        JobConfig(optimizer=Optimizer(param_groups=[ParamGroup("*"), ParamGroup(lr_factor=0.5)])),
+        "optimizer.param_groups[1] names no parameters: give it a pattern",
+    ),
     (
         rules.async_tensor_parallel_needs_compile,
         JobConfig(parallelism=_ASYNC),
@@ -226,6 +233,7 @@ REFUSED += [
 ]
 
 PASSED: list[tuple[Rule, JobConfig]] = [
+    (rules.parameter_groups_have_patterns, JobConfig(optimizer=Optimizer(param_groups=[ParamGroup("*.bias")]))),
     *(
         (
             rules.checkpointing_option_is_op_or_a_number,

@@ -245,6 +245,15 @@ def converters_are_named_once(config: JobConfig) -> None:
         raise UserError(f"model.converters = {converters}: each once")
 
 
+def parameter_groups_have_patterns(config: JobConfig) -> None:
+    for index, group in enumerate(config.optimizer.param_groups):
+        if not group.pattern:
+            raise UserError(
+                f"optimizer.param_groups[{index}] names no parameters: give it a pattern, as in "
+                'pattern = "tok_embeddings.*"'
+            )
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     only_a_text_dataset_takes_a_path,
@@ -268,4 +277,5 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     memory_budget_is_the_compilers,
     float8_gathers_are_tensorwise,
     converters_are_named_once,
+    parameter_groups_have_patterns,
 )
