@@ -103,7 +103,7 @@ def _built(recipe: Recipe, stage: int | None) -> nn.Module:
         module = recipe.spec.build(recipe.args)
     units = tuple(recipe.args.flops_by_module(recipe.config.training.seq_len))
     require_names(module, recipe.plan, units)
-    require_groups(module, recipe.config.optimizer)
+    require_groups(module, recipe.config.optimizer, recipe.plan.experts)
     if uses_float8(recipe.config):
         from torchtitan_lite.quantization.float8 import require_filters
 

@@ -75,7 +75,7 @@ class Trainer:
         watchdog.watch(self.model.parts)
         stages, seq_len = axis(mesh, "pp"), config.training.seq_len
         self.stages = None if stages is None else stages.get_group()
-        self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters(), plan.parallel.experts)
         self.guard = Guard(config.faults, here.device) if config.faults.skip_nonfinite else None
         self.batch_rank = plan.dims.batch_rank(here.rank)
         masked = config.data.document_mask

@@ -52,7 +52,7 @@ def test_a_row_names_type_bounds_default_and_meaning() -> None:
         "once is reached by gradient accumulation; a rank count that does not divide it is legal. |"
     ) in lines
     assert any(line.startswith("| `max_norm` | a number, more than 0 | `1.0` | ") for line in lines)
-    assert any(line.startswith('| `name` | one of "AdamW" | `"AdamW"` | ') for line in lines)
+    assert any(line.startswith('| `name` | one of "AdamW", "Muon" | `"AdamW"` | ') for line in lines)
     assert any(line.startswith("| `enable` | true or false | `false` | ") for line in lines)
     assert any(
         line.startswith('| `weight_decay_exclude` | a list, each item a string | `["*norm*", "*.bias"]` | ')

@@ -51,7 +51,7 @@ def test_the_first_group_that_matches_counts() -> None:
         "layers.1.attention.wq.weight": (1.0, 0.0, 0.9, 0.95),
         "output.weight": (1.0, 0.2, 0.9, 0.95),
     }.items():
-        assert tuple(vars(settings_of(name, config)).values()) == expected, name
+        assert tuple(vars(settings_of(name, 2, config, None)).values()) == ("AdamW", *expected), name
 
 
 def test_a_step_has_the_groups_rates_and_decays() -> None:
@@ -76,7 +76,7 @@ def test_a_step_has_the_groups_rates_and_decays() -> None:
 )
 def test_groups_of_nothing_are_refused(groups: list[ParamGroup], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        require_groups(_model(), Optimizer(param_groups=groups))
+        require_groups(_model(), Optimizer(param_groups=groups), None)
 
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])

@@ -14,6 +14,9 @@ class ParamGroup:
     pattern: str = ""
     """Pattern (fnmatch) of parameter names, as in `tok_embeddings.*`."""
 
+    optimizer_name: Literal["", "AdamW", "Muon"] = ""
+    """Optimizer of these parameters. Empty: as without the group."""
+
     lr_factor: float = setting(1.0, minimum=0.0)
     """Times the learning rate of the schedule."""
 
@@ -29,10 +32,11 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW, its settings by groups of parameters, and which parameters decay."""
+    """AdamW or Muon, and settings by groups of parameters."""
 
-    name: Literal["AdamW"] = "AdamW"
-    """Optimizer (Loshchilov and Hutter, arXiv:1711.05101)."""
+    name: Literal["AdamW", "Muon"] = "AdamW"
+    """`AdamW` (Loshchilov and Hutter, arXiv:1711.05101). `Muon` (arXiv:2502.16982) for the matrices of the blocks,
+    experts' one by one, but for routers; AdamW for all other parameters."""
 
     lr: float = setting(8e-4, minimum=0.0)
     """Peak learning rate."""
@@ -45,6 +49,16 @@ class Optimizer:
 
     eps: float = setting(1e-8, above=0.0)
     """Added to the root of the second moment."""
+
+    momentum: float = setting(0.95, minimum=0.0, below=1.0)
+    """Muon's: decay of the mean of gradients, Nesterov's way."""
+
+    ns_steps: int = setting(5, minimum=1, maximum=99)
+    """Muon's: steps of the Newton-Schulz iteration that brings singular values near one."""
+
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Muon's: by what the learning rate is multiplied for a matrix of R x C. `match_rms_adamw`: 0.2 sqrt(max(R, C)),
+    so that lr and weight_decay are AdamW's. `original`: sqrt(max(1, R / C))."""
 
     weight_decay: float = setting(0.1, minimum=0.0)
     """Decoupled weight decay of the parameters not excluded."""
