@@ -69,8 +69,12 @@ class Optimizer:
     param_groups: list[ParamGroup] = field(default_factory=list)
     """Parameters with settings of their own, see [[optimizer.param_groups]]."""
 
+    state_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Type in which moments and momentum are kept; steps are computed in float32. `bfloat16`: rounded to the nearest,
+    half the memory. `int8`: in blocks with a scale each (arXiv:2110.02861), with torchao's values, a quarter."""
+
     implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """`fused`: one kernel. `foreach`: one call per operation for all parameters. `for-loop`: one call per
+    """AdamW's. `fused`: one kernel. `foreach`: one call per operation for all parameters. `for-loop`: one call per
     operation and parameter."""
 
 

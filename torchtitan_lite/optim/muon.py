@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 
-from torchtitan_lite.optim.states import Kept, State, own, rows_of
+from torchtitan_lite.optim.states import ALL, Kept, State, gradient_rows, own, rows_of
 
 MOMENTUM = "momentum_buffer"  # as torch.optim.Muon has it
 # The polynomial of degree five whose iteration brings singular values near one (the post above).
@@ -100,9 +100,9 @@ class Muon(torch.optim.Optimizer):
                 if (sharing := self._sharing[parameter]) is not None:
                     shared[sharing.group] += [_Matrix(parameter, rows, sharing) for rows in _stacked(parameter)]
                 elif own(parameter).numel():
-                    updates = self._update(parameter, slice(None)).view(-1, *parameter.shape[-2:])
+                    updates = self._update(parameter, ALL).view(-1, *parameter.shape[-2:])
                     whole = orthogonalised(updates, self._steps)
-                    self._apply(parameter, slice(None), whole.flatten(0, 1), group["lr"])
+                    self._apply(parameter, ALL, whole.flatten(0, 1), group["lr"])
             for ranks, matrices in shared.items():
                 self._deal(matrices, ranks, group["lr"])
 
@@ -124,14 +124,14 @@ class Muon(torch.optim.Optimizer):
     def _accumulate(self, parameter: nn.Parameter) -> None:
         state = self.state[parameter]
         if not state:
-            state.update(self.new_state(parameter))
+            state |= self.new_state(parameter)
         momentum = self._kept.read(state, MOMENTUM)
-        momentum.lerp_(_gradient(parameter), 1 - self._decay)
+        momentum.lerp_(gradient_rows(parameter), 1 - self._decay)
         self._kept.write(state, MOMENTUM, momentum)
 
     def _update(self, parameter: nn.Parameter, rows: slice) -> Tensor:
         """What is to be orthogonalised: the momentum as the same gradient once more would make it (Nesterov's)."""
-        grad, momentum = _gradient(parameter)[rows], self._kept.read(self.state[parameter], MOMENTUM, rows)
+        grad, momentum = gradient_rows(parameter)[rows], self._kept.read(self.state[parameter], MOMENTUM, rows)
         device = torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else grad.device
         # A CPU takes longer for products in bfloat16.
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -171,15 +171,6 @@ def sharing_of(parameter: Tensor, made: dict[tuple[int, ...], dist.ProcessGroup]
             made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
         group = made[ranks]
     return Sharing(group, tuple(parts[rank] for rank in dist.get_process_group_ranks(group)))
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    grad = parameter.grad
-    assert grad is not None
-    if isinstance(parameter, DTensor):
-        assert isinstance(grad, DTensor)
-        assert grad.placements == parameter.placements, f"a gradient lies at {grad.placements}"
-    return rows_of(grad)
 
 
 def _stacked(parameter: Tensor) -> list[slice]:

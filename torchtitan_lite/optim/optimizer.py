@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_lite.config.optimizing import Optimizer
 from torchtitan_lite.distributed.plans import ExpertPlan
+from torchtitan_lite.optim.adamw import MOMENTS, KeptAdamW
 from torchtitan_lite.optim.groups import Settings, settings_of
 from torchtitan_lite.optim.muon import Muon
 from torchtitan_lite.optim.states import Kept, State, sharded_zeros
@@ -45,6 +46,8 @@ def build_optimizer(
 
     Collective for Muon, see there.
     """
+    parameters = list(parameters)
+    kept = _kept(config, parameters)
     # One kernel for all takes parameters of one mesh only, and experts are on another.
     alike: dict[tuple[Settings, DeviceMesh | None], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters:
@@ -60,7 +63,7 @@ def build_optimizer(
                 "betas": (settings.beta1, settings.beta2),
             }
         )
-    made = [_BUILD[name](config, members) for name, members in groups.items()]
+    made = [_BUILD[name](config, members, kept) for name, members in groups.items()]
     return made[0] if len(made) == 1 else Joined(made)
 
 
@@ -74,14 +77,26 @@ def new_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Stat
     """The state of a parameter before its first step, as a step would make it."""
     if isinstance(optimizer, Joined):
         optimizer = optimizer.of(parameter)
-    if isinstance(optimizer, Muon):
+    if isinstance(optimizer, (Muon, KeptAdamW)):
         return optimizer.new_state(parameter)
-    moments = {key: sharded_zeros(parameter, parameter.dtype) for key in ("exp_avg", "exp_avg_sq")}
+    moments = {key: sharded_zeros(parameter, parameter.dtype) for key in MOMENTS}
     fused = optimizer.defaults["fused"]
     return {"step": torch.zeros((), device=parameter.device if fused else "cpu"), **moments}
 
 
-def _adamw(config: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _kept(config: Optimizer, parameters: Sequence[tuple[str, nn.Parameter]]) -> Kept:
+    if config.state_dtype != "int8":
+        return Kept(getattr(torch, config.state_dtype))
+    # Here: torchao takes a second to import.
+    from torchtitan_lite.optim.int8_states import Int8, require_blocks
+
+    require_blocks(parameters)
+    return Int8()
+
+
+def _adamw(config: Optimizer, groups: list[dict[str, Any]], kept: Kept) -> torch.optim.Optimizer:
+    if config.state_dtype != "float32":
+        return KeptAdamW(groups, lr=config.lr, eps=config.eps, implementation=config.implementation, kept=kept)
     return torch.optim.AdamW(
         groups,
         lr=config.lr,
@@ -91,14 +106,14 @@ def _adamw(config: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optim
     )
 
 
-def _muon(config: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _muon(config: Optimizer, groups: list[dict[str, Any]], kept: Kept) -> torch.optim.Optimizer:
     return Muon(
         groups,
         lr=config.lr,
         momentum=config.momentum,
         ns_steps=config.ns_steps,
         adjust_lr_fn=config.adjust_lr_fn,
-        kept=Kept(),
+        kept=kept,
     )
 
 
