@@ -1,8 +1,9 @@
 """Muon (Keller Jordan, kellerjordan.github.io/posts/muon; arXiv:2502.16982): momentum, each matrix of which is brought
 to singular values near one. On sharded parameters it is the whole matrix.
 
-Momentum stays as the parameter is sharded. Ranks that share matrices deal them out: each gathers the parts of one,
-orthogonalises it and sends the parts back. So a matrix is orthogonalised once, and no rank holds more than one whole.
+Momentum stays as the parameter is sharded. Ranks that share matrices, or have copies of them, deal them out: each
+gathers the parts of one, orthogonalises it and sends the parts back. So a matrix is orthogonalised once, copies stay
+the same bits, and no rank holds more than one whole.
 
 Shapes: S matrices in a stack, of R rows and C columns, of which a rank holds r and c.
 """
@@ -47,14 +48,17 @@ def orthogonalised(x_SRC: Tensor, steps: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Sharing:
-    """The ranks that hold parts of the same matrices; parts: rows and columns of each rank, in the group's order."""
+    """The ranks that hold the same matrices. Of each rank, in the group's order, parts: its rows and columns. copies:
+    what those have in common that hold one copy between them."""
 
     group: dist.ProcessGroup
     parts: tuple[tuple[slice, slice], ...]
+    copies: tuple[tuple[int, ...], ...]
 
-    @property
-    def sizes(self) -> list[int]:
-        return [(rows.stop - rows.start) * (columns.stop - columns.start) for rows, columns in self.parts]
+    def of_copy(self, rank: int) -> list[tuple[slice, slice] | None]:
+        """The parts that make the copy of `rank`, each in the place of its rank."""
+        mine = self.copies[rank]
+        return [part if copy == mine else None for part, copy in zip(self.parts, self.copies, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -109,13 +113,24 @@ class Muon(torch.optim.Optimizer):
     def _deal(self, matrices: list[_Matrix], ranks: dist.ProcessGroup, lr: float) -> None:
         """Step matrices that `ranks` share: at a time as many as there are ranks, alike in size, one for each."""
         matrices = sorted(matrices, key=lambda each: prod(each.parameter.shape[-2:]), reverse=True)
+        here = ranks.rank()
         for start in range(0, len(matrices), ranks.size()):
             turn = matrices[start : start + ranks.size()]
-            mine = turn[ranks.rank()] if ranks.rank() < len(turn) else None
             updates = [self._update(each.parameter, each.rows) for each in turn]
-            parts = _exchanged(updates, [] if mine is None else mine.sharing.sizes, ranks, updates[0])
+            # A rank's matrix comes from its own copy, and goes to all of them.
+            sent = [
+                update if each.sharing.copies[owner] == each.sharing.copies[here] else update[:0]
+                for owner, (each, update) in enumerate(zip(turn, updates, strict=True))
+            ]
+            mine = turn[here] if here < len(turn) else None
+            places = [] if mine is None else mine.sharing.of_copy(here)
+            parts = _exchanged(sent, [_size(place) for place in places], ranks, updates[0])
             if mine is not None:
-                whole = orthogonalised(_assembled(parts, mine)[None], self._steps)[0]
+                whole = parts[0].new_empty(mine.parameter.shape[-2:])
+                for place, part in zip(places, parts, strict=True):
+                    if place is not None:
+                        whole[place] = part.view(whole[place].shape)
+                whole = orthogonalised(whole[None], self._steps)[0]
                 parts = [whole[place] for place in mine.sharing.parts]
             back = _exchanged(parts, [update.numel() for update in updates], ranks, updates[0])
             for each, update, part in zip(turn, updates, back, strict=True):
@@ -143,34 +158,45 @@ class Muon(torch.optim.Optimizer):
 
 
 def sharing_of(parameter: Tensor, made: dict[tuple[int, ...], dist.ProcessGroup]) -> Sharing | None:
-    """Who shares its matrices; None where each is whole on a rank. made: groups of ranks over several axes of a mesh,
-    each to be made once. Collective among those ranks."""
+    """Who else holds its matrices; None where no one does, or they are stacks of whole ones, to be stepped as they are.
+
+    made: groups of ranks over several axes of a mesh, each to be made once. Collective among those ranks.
+    """
     if not isinstance(parameter, DTensor):
         return None
     mesh, placements, here = parameter.device_mesh, parameter.placements, parameter.device_mesh.get_coordinate()
     assert here is not None
-    first = parameter.dim() - 2  # a split of dims before is one of the stack
-    splits = {axis: each for axis, each in enumerate(placements) if not each.is_replicate() and mesh.size(axis) > 1}
-    axes = [axis for axis, each in splits.items() if each.dim >= first]  # type: ignore[attr-defined]
-    if not axes:
+    longer = {axis: placement for axis, placement in enumerate(placements) if mesh.size(axis) > 1}
+    copied = [axis for axis, placement in longer.items() if placement.is_replicate()]
+    # A split of dims before the last two is one of the stack.
+    first = parameter.dim() - 2
+    split = [axis for axis in longer if axis not in copied and placements[axis].dim >= first]  # type: ignore[attr-defined]
+    axes = sorted(copied + split)
+    if not axes or (first and not split):
         return None
-    parts = {}
+    parts, copies = {}, {}
     for places in product(*(range(mesh.size(axis)) for axis in axes)):
         at = list(here)
         for axis, place in zip(axes, places, strict=True):
             at[axis] = place
         size, offset = _compute_local_shape_and_global_offset(parameter.shape, mesh.shape, at, placements)
         rows, columns = (slice(start, start + length) for start, length in zip(offset[-2:], size[-2:], strict=True))
-        parts[int(mesh.mesh[tuple(at)])] = (rows, columns)
-    if len(axes) == 1:
-        group = mesh.get_group(axes[0])
-    else:
+        rank = int(mesh.mesh[tuple(at)])
+        parts[rank], copies[rank] = (rows, columns), tuple(at[axis] for axis in copied)
+    group = mesh.get_group(axes[0]) if len(axes) == 1 else _group(tuple(sorted(parts)), made)
+    ranks = dist.get_process_group_ranks(group)
+    return Sharing(group, tuple(parts[rank] for rank in ranks), tuple(copies[rank] for rank in ranks))
+
+
+def _group(ranks: tuple[int, ...], made: dict[tuple[int, ...], dist.ProcessGroup]) -> dist.ProcessGroup:
+    if ranks not in made:
         # By its members alone: a pipeline's other stages have other parameters.
-        ranks = tuple(sorted(parts))
-        if ranks not in made:
-            made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
-        group = made[ranks]
-    return Sharing(group, tuple(parts[rank] for rank in dist.get_process_group_ranks(group)))
+        made[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+    return made[ranks]
+
+
+def _size(place: tuple[slice, slice] | None) -> int:
+    return 0 if place is None else prod(each.stop - each.start for each in place)
 
 
 def _stacked(parameter: Tensor) -> list[slice]:
@@ -178,13 +204,6 @@ def _stacked(parameter: Tensor) -> list[slice]:
     part = own(parameter)
     height = part.shape[-2]
     return [slice(index * height, (index + 1) * height) for index in range(part.shape[:-2].numel())]
-
-
-def _assembled(parts: Sequence[Tensor], matrix: _Matrix) -> Tensor:
-    whole = parts[0].new_empty(matrix.parameter.shape[-2:])
-    for place, part in zip(matrix.sharing.parts, parts, strict=True):
-        whole[place] = part.view(whole[place].shape)
-    return whole
 
 
 def _exchanged(parts: Sequence[Tensor], sizes: Sequence[int], ranks: dist.ProcessGroup, like: Tensor) -> list[Tensor]:
