@@ -415,3 +415,14 @@ def test_a_source_without_a_whole_sample_is_named(recipe: Path, tmp_path: Path) 
     only.rename(only.with_name("small.txt"))  # and this one does
     with pytest.raises(UserError, match=training_part + r"0 tokens and a sample needs 33; all its documents are held"):
         prepare_job(plan_job(recipe, validating, 1))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ['--model.converters=["quantize.linear.float8"]', '--optimizer.state_dtype="int8"'],
+    ids=["float8", "int8"],
+)
+def test_what_needs_torchao_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setattr("torchtitan_lite.preflight.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'needs torchao, .* pip install "torchtitan-lite\[torchao\]"'):
+        prepare_job(plan_job(recipe, [setting], 1))

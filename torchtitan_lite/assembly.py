@@ -30,6 +30,7 @@ from torchtitan_lite.distributed.units import matches, require_names, take_out_o
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.spec import ModelSpec
 from torchtitan_lite.optim.chunked_loss import apply_chunked_loss, loss_and_gradient
+from torchtitan_lite.optim.groups import require_groups
 from torchtitan_lite.optim.loss import token_loss_sum
 from torchtitan_lite.trainable import Place, TokenLoss, TrainableModel, WholeModel
 
@@ -103,6 +104,7 @@ def _built(recipe: Recipe, stage: int | None) -> nn.Module:
         module = recipe.spec.build(recipe.args)
     units = tuple(recipe.args.flops_by_module(recipe.config.training.seq_len))
     require_names(module, recipe.plan, units)
+    require_groups(module, recipe.config.optimizer, recipe.plan.experts)
     if uses_float8(recipe.config):
         from torchtitan_lite.quantization.float8 import require_filters
 

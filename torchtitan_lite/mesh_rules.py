@@ -227,6 +227,7 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
     """
     parallelism, checkpoint, faults = config.parallelism, config.checkpoint, config.faults
     checkpointing = config.activation_checkpoint
+    muon = "Muon" in {config.optimizer.name, *(group.optimizer_name for group in config.optimizer.param_groups)}
     no_experts, one_rank = "on a model without experts", "while parallelism.expert_parallel_degree = 1"
     needs: dict[str, _Needs] = {
         "parallelism": (
@@ -264,6 +265,7 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
                 "memory_budget",
             ),
         ),
+        "optimizer": ((muon, "without Muon", "momentum ns_steps adjust_lr_fn"),),
         "compile": ((config.compile.enable, "while compile.enable = false", "backend components"),),
         "quantize.linear.float8": (
             (

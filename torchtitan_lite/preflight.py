@@ -149,7 +149,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
     config = plan.config
     _async_tensor_parallel_needs_accelerators(config)
-    _float8_needs_torchao(config)
+    _torchao_is_there(config)
     folders = (config.checkpoint.folder, config.metrics.save_tb_folder, config.comm.save_traces_folder)
     _make_writable(plan.folder, folders)
     _resume_needs_checkpoints_on(plan)
@@ -221,12 +221,14 @@ def _async_tensor_parallel_needs_accelerators(config: JobConfig) -> None:
         )
 
 
-def _float8_needs_torchao(config: JobConfig) -> None:
-    if uses_float8(config) and find_spec("torchao") is None:
-        raise UserError(
-            'model.converters = ["quantize.linear.float8"] needs torchao, which is not installed: '
-            'pip install "torchtitan-lite[float8]"'
-        )
+def _torchao_is_there(config: JobConfig) -> None:
+    asked = {
+        'model.converters = ["quantize.linear.float8"]': uses_float8(config),
+        'optimizer.state_dtype = "int8"': config.optimizer.state_dtype == "int8",
+    }
+    for setting, needed in asked.items():
+        if needed and find_spec("torchao") is None:
+            raise UserError(f'{setting} needs torchao, which is not installed: pip install "torchtitan-lite[torchao]"')
 
 
 def _make_writable(folder: Path, folders: Sequence[str]) -> None:

@@ -33,7 +33,7 @@ from torchtitan_lite.observability.memory import peak_memory_gib
 from torchtitan_lite.observability.metrics import StepClock, console_line
 from torchtitan_lite.observability.sinks import RunLog, TensorBoard
 from torchtitan_lite.optim.gradients import clip_by_global_norm
-from torchtitan_lite.optim.optimizer import build_optimizer
+from torchtitan_lite.optim.optimizer import build_optimizer, set_lr
 from torchtitan_lite.preflight import JobPlan, identity
 from torchtitan_lite.run_record import clear_stopped, manifest_record, write_stopped
 
@@ -75,7 +75,7 @@ class Trainer:
         watchdog.watch(self.model.parts)
         stages, seq_len = axis(mesh, "pp"), config.training.seq_len
         self.stages = None if stages is None else stages.get_group()
-        self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters(), plan.parallel.experts)
         self.guard = Guard(config.faults, here.device) if config.faults.skip_nonfinite else None
         self.batch_rank = plan.dims.batch_rank(here.rank)
         masked = config.data.document_mask
@@ -155,8 +155,7 @@ class Trainer:
     def step(self, batches: Sequence[Batch]) -> StepResult:
         """One optimizer step on this rank's micro-batches of a global batch."""
         rate = self.plan.schedule.lr(self.progress.step + 1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_lr(self.optimizer, rate)
         self.watchdog.beat("forward and backward")
         loss = self._forward_backward(batches)
         self.watchdog.beat("clipping gradients")

@@ -149,6 +149,18 @@ def test_bytes_that_are_no_text_are_no_recipe(tmp_path: Path) -> None:
             r'optimizer\.weight_decay_exclude = "\*norm\*": expected a list, each item a string, got a string',
         ),
         (
+            "[[optimizer.param_groups]]\npattern = '*'\n[[optimizer.param_groups]]\nlr_facto = 1.0\n",
+            r"optimizer\.param_groups\[1\]\.lr_facto: no such key; did you mean lr_factor\?",
+        ),
+        (
+            "[[optimizer.param_groups]]\nbeta2 = 1\n",
+            r"optimizer\.param_groups\[0\]\.beta2 = 1\.0: must be less than 1, or -1",
+        ),
+        (
+            "[optimizer]\nparam_groups = ['*.bias']\n",
+            r'optimizer\.param_groups\[0\] = "\*\.bias": expected a table of pattern, .*, got a string',
+        ),
+        (
             "[optimizer]\nweight_decay_exclude = ['*norm*', 3]\n",
             r"optimizer\.weight_decay_exclude\[1\] = 3: expected a string, got an integer",
         ),

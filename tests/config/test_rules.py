@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from torchtitan_lite.config import rules
+from torchtitan_lite.config.optimizing import ParamGroup
 from torchtitan_lite.config.schema import (
     ActivationCheckpoint,
     Checkpoint,
@@ -18,6 +19,7 @@ from torchtitan_lite.config.schema import (
     LRScheduler,
     Metrics,
     Model,
+    Optimizer,
     Parallelism,
     Training,
     Validation,
@@ -36,6 +38,21 @@ def _float8(**keys: Any) -> Quantize:
 
 
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
+    (
+        rules.states_in_bfloat16_forget_in_time,
+        JobConfig(optimizer=Optimizer(beta2=0.999, state_dtype="bfloat16")),
+        'optimizer.beta2 = 0.999: optimizer.state_dtype = "bfloat16" rounds away what changes so slowly; lower it to',
+    ),
+    (
+        rules.states_in_bfloat16_forget_in_time,
+        JobConfig(optimizer=Optimizer(param_groups=[ParamGroup("*", beta2=0.995)], state_dtype="bfloat16")),
+        "optimizer.param_groups[0].beta2 = 0.995: ",
+    ),
+    (
+        rules.parameter_groups_have_patterns,
+        JobConfig(optimizer=Optimizer(param_groups=[ParamGroup("*"), ParamGroup(lr_factor=0.5)])),
+        "optimizer.param_groups[1] names no parameters: give it a pattern",
+    ),
     (
         rules.async_tensor_parallel_needs_compile,
         JobConfig(parallelism=_ASYNC),
@@ -226,6 +243,12 @@ REFUSED += [
 ]
 
 PASSED: list[tuple[Rule, JobConfig]] = [
+    (
+        rules.states_in_bfloat16_forget_in_time,
+        JobConfig(optimizer=Optimizer(beta2=0.99, momentum=0.99, state_dtype="bfloat16")),
+    ),
+    (rules.states_in_bfloat16_forget_in_time, JobConfig(optimizer=Optimizer(beta2=0.999, state_dtype="int8"))),
+    (rules.parameter_groups_have_patterns, JobConfig(optimizer=Optimizer(param_groups=[ParamGroup("*.bias")]))),
     *(
         (
             rules.checkpointing_option_is_op_or_a_number,

@@ -4,16 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from torchtitan_lite.config.schema import Optimizer
+from torchtitan_lite.config.optimizing import Optimizer, ParamGroup
+from torchtitan_lite.errors import UserError
 from torchtitan_lite.models.llama3 import SPEC
 from torchtitan_lite.optim.gradients import clip_by_global_norm
+from torchtitan_lite.optim.groups import require_groups, settings_of
 from torchtitan_lite.optim.loss import IGNORE, token_loss_sum
-from torchtitan_lite.optim.optimizer import build_optimizer
+from torchtitan_lite.optim.optimizer import build_optimizer, set_lr
+
+
+def _model() -> nn.Module:
+    with torch.device("meta"):
+        return SPEC.build(SPEC.flavors["debugmodel"])
 
 
 def _decaying(config: Optimizer) -> set[str]:
-    with torch.device("meta"):
-        model = SPEC.build(SPEC.flavors["debugmodel"])
+    model = _model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     optimizer = build_optimizer(config, model.named_parameters())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
@@ -27,6 +33,50 @@ def test_norms_do_not_decay_unless_asked() -> None:
     assert not any("norm" in name for name in decaying)
     assert "norm.weight" in _decaying(Optimizer(weight_decay_exclude=[]))
     assert "tok_embeddings.weight" not in _decaying(Optimizer(weight_decay_exclude=["tok_embeddings.*"]))
+
+
+GROUPS = [
+    ParamGroup("layers.0.*", lr_factor=0.5),
+    ParamGroup("*norm*", weight_decay=0.3, beta1=0.8, beta2=0.99),
+    ParamGroup("*.wq.*", weight_decay=0.0),
+]
+
+
+def test_the_first_group_that_matches_counts() -> None:
+    config = Optimizer(weight_decay=0.2, param_groups=GROUPS)
+    for name, expected in {
+        "layers.0.attention.wq.weight": (0.5, 0.2, 0.9, 0.95),
+        "layers.0.attention_norm.weight": (0.5, 0.0, 0.9, 0.95),
+        "layers.1.attention_norm.weight": (1.0, 0.3, 0.8, 0.99),
+        "layers.1.attention.wq.weight": (1.0, 0.0, 0.9, 0.95),
+        "output.weight": (1.0, 0.2, 0.9, 0.95),
+    }.items():
+        assert tuple(vars(settings_of(name, 2, config, None)).values()) == ("AdamW", *expected), name
+
+
+def test_a_step_has_the_groups_rates_and_decays() -> None:
+    names = ["layers.0.wo", "layers.1.wo", "layers.1.norm"]
+    parameters = {name: nn.Parameter(torch.ones(2)) for name in names}
+    optimizer = build_optimizer(Optimizer(weight_decay=0.2, param_groups=GROUPS), parameters.items())
+    set_lr(optimizer, 0.1)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    for name, rate, decay in zip(names, (0.05, 0.1, 0.1), (0.2, 0.2, 0.3), strict=True):
+        # As in a first step by hand, below.
+        assert torch.allclose(parameters[name].detach(), torch.ones(2) * (1 - rate * decay) - rate), name
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [
+        ([ParamGroup("*.wx.*")], r'\[0\].pattern = "\*.wx.\*" matches no parameter; some are tok_embeddings.weight'),
+        ([ParamGroup("*.weight"), ParamGroup("*.wq.*")], r"\[1\].* groups before it take all .*wq.weight first"),
+    ],
+)
+def test_groups_of_nothing_are_refused(groups: list[ParamGroup], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        require_groups(_model(), Optimizer(param_groups=groups), None)
 
 
 @pytest.mark.parametrize("implementation", ["fused", "foreach", "for-loop"])

@@ -18,6 +18,7 @@ from torchtitan_lite.checkpoint.storage import Damaged
 from torchtitan_lite.config.schema import Checkpoint
 from torchtitan_lite.distributed.runtime import from_first_rank
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.optim.optimizer import new_state
 from torchtitan_lite.strict_json import flat
 
 # What a checkpoint says of its run that a run which goes on from it must share.
@@ -191,19 +192,13 @@ class CheckpointManager:
             logger.info("saved by %d ranks on %s: random generators start from the seed", *before)
 
     def _make_state(self, stored: Stored) -> None:
-        """Give the optimizer the state that the checkpoint has, to be filled: a step would make it too, and take a
-        gradient's memory for it."""
+        """Give the optimizer the state of all parameters of which the checkpoint has some, to be filled: a step would
+        make it too, and take a gradient's memory for it."""
         for name, parameter in self._model.named_parameters():
             prefix = f"optimizer.{name}."
-            state = self._optimizer.state[parameter]
-            for key in stored.names(prefix):
-                if "." in key:  # of a longer parameter name
-                    continue
-                if stored.shape(prefix + key) == tuple(parameter.shape):
-                    state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-                else:
-                    fused = self._optimizer.defaults.get("fused")
-                    state[key] = torch.zeros((), device=parameter.device if fused else "cpu")
+            # A dot is of a longer parameter name.
+            if any("." not in key for key in stored.names(prefix)):
+                self._optimizer.state[parameter] = new_state(self._optimizer, parameter)
 
     def _tensors(self, *, model_only: bool) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {f"model.{name}": value for name, value in self._model.state_dict().items()}

@@ -166,8 +166,9 @@ class Stored:
             raise UserError(f"{name} is not in the checkpoint: it is of another model or optimizer")
         if (found := (self._shapes[name], self.dtype(name))) != wanted:
             told = [f"{list(shape)} of {dtype}" for shape, dtype in (wanted, found)]
+            back = "set optimizer.state_dtype back, or " if name.startswith("optimizer.") else ""
             raise UserError(
-                f"{name}: this run needs {told[0]}, the checkpoint has {told[1]}; choose another checkpoint"
+                f"{name}: this run needs {told[0]}, the checkpoint has {told[1]}; {back}choose another checkpoint"
             )
         filled = sum(_read_common(chunk, part) for chunk in self._chunks[name])
         if filled != part.local.numel():

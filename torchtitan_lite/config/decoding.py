@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import fields, is_dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from torchtitan_lite.errors import UserError
@@ -27,11 +28,13 @@ def describe(annotation: Any) -> str:
         return "one of " + ", ".join(f'"{choice}"' for choice in get_args(annotation))
     if origin is list:
         return "a list, each item " + describe(get_args(annotation)[0])
+    if is_dataclass(annotation):
+        return "a table of " + ", ".join(field.name for field in fields(annotation))
     return _EXPECTED[annotation]
 
 
 def decode(value: Any, annotation: Any, where: str) -> Any:
-    """Return `value` as `annotation`: a scalar, a Literal, or a list of those to any depth.
+    """Return `value` as `annotation`: a scalar, a Literal, a dataclass of those from a table, or a list to any depth.
 
     An integer is taken where a number is asked for; nothing else is converted, a bool is no integer.
     `where` opens the message of the UserError that a mismatch raises.
@@ -46,6 +49,8 @@ def decode(value: Any, annotation: Any, where: str) -> Any:
     if origin is list and isinstance(value, list):
         (item,) = get_args(annotation)
         return [decode(entry, item, f"{where}[{index}]") for index, entry in enumerate(value)]
+    if is_dataclass(annotation) and isinstance(value, dict):
+        return _decode_table(value, annotation, where)
     if annotation is float and type(value) is int:
         try:
             return float(value)
@@ -56,6 +61,19 @@ def decode(value: Any, annotation: Any, where: str) -> Any:
     raise UserError(
         f"{where} = {_show(value)}: expected {describe(annotation)}, got {_GOT.get(type(value), type(value).__name__)}"
     )
+
+
+def _decode_table(table: dict[str, Any], schema: Any, where: str) -> Any:
+    known = {field.name: field for field in fields(schema)}
+    values = {}
+    for key, value in table.items():
+        name = f"{where}.{key}"
+        if key not in known:
+            hint = nearest(key, list(known)) or f"; there are: {', '.join(known)}"
+            raise UserError(f"{name}: no such key{hint}")
+        values[key] = decode(value, known[key].type, name)
+        check_bounds(values[key], known[key].metadata, name)
+    return schema(**values)
 
 
 def check_bounds(value: Any, bounds: Any, where: str) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, get_args, get_origin
 
-from torchtitan_lite.config import running, schema, techniques
+from torchtitan_lite.config import optimizing, running, schema, techniques
 from torchtitan_lite.config.decoding import describe
 
 _LIMITS = {"minimum": "at least", "above": "more than", "below": "less than", "maximum": "at most"}
@@ -19,7 +19,8 @@ _LIMITS = {"minimum": "at least", "above": "more than", "below": "less than", "m
 def field_docs() -> dict[tuple[str, str], str]:
     """(class name, field name) to the docstring under the field, on one line."""
     docs = {}
-    for cls in (node for module in (schema, running, techniques) for node in ast.parse(inspect.getsource(module)).body):
+    modules = (schema, optimizing, running, techniques)
+    for cls in (node for module in modules for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(cls, ast.ClassDef):
             continue
         for node, after in zip(cls.body, cls.body[1:], strict=False):
@@ -49,10 +50,10 @@ def markdown() -> str:
         "as TOML or as a bare string. Later wins: defaults, `extends`, recipe, command line. An unknown key or a",
         "wrong type ends with exit code 2 and a line that names it.",
     ]
-    for section, cls in _sections(schema.JobConfig):
+    for section, cls in _headings():
         lines += [
             "",
-            f"## [{section}]",
+            f"## {section}",
             "",
             f"{inspect.getdoc(cls)}",
             "",
@@ -63,6 +64,15 @@ def markdown() -> str:
             doc = field_docs()[cls.__name__, field.name].replace("|", "\\|")
             lines.append(f"| `{field.name}` | {_type(field)} | `{_toml(default_of(field))}` | {doc} |")
     return "\n".join(lines) + "\n"
+
+
+def _headings() -> Iterator[tuple[str, Any]]:
+    """Sections and, behind each, its lists of tables, as TOML writes their names."""
+    for section, cls in _sections(schema.JobConfig):
+        yield f"[{section}]", cls
+        for field in fields(cls):
+            if get_origin(field.type) is list and is_dataclass(item := get_args(field.type)[0]):
+                yield f"[[{section}.{field.name}]]", item
 
 
 def _sections(cls: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -87,6 +97,8 @@ def _toml(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's too
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if is_dataclass(value):
+        return "{ " + ", ".join(f"{field.name} = {_toml(getattr(value, field.name))}" for field in fields(value)) + " }"
     return str(value)
 
 

@@ -10,6 +10,7 @@ from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.errors import UserError
 
 LARGEST_WINDOW = 10_000  # samples of a mixture; each window is dealt out as a whole, here in a tenth of a second
+LONGEST_IN_BFLOAT16 = 0.99  # decay of a mean; see docs/optimizers.md
 
 
 def text_dataset_needs_a_path(config: JobConfig) -> None:
@@ -245,6 +246,29 @@ def converters_are_named_once(config: JobConfig) -> None:
         raise UserError(f"model.converters = {converters}: each once")
 
 
+def parameter_groups_have_patterns(config: JobConfig) -> None:
+    for index, group in enumerate(config.optimizer.param_groups):
+        if not group.pattern:
+            raise UserError(
+                f"optimizer.param_groups[{index}] names no parameters: give it a pattern, as in "
+                'pattern = "tok_embeddings.*"'
+            )
+
+
+def states_in_bfloat16_forget_in_time(config: JobConfig) -> None:
+    """A number in bfloat16 that is to change by less than half of its last bit does not change at all."""
+    section = config.optimizer
+    keys = {"beta2": section.beta2, "beta1": section.beta1, "momentum": section.momentum}
+    for index, group in enumerate(section.param_groups):
+        keys |= {f"param_groups[{index}].beta2": group.beta2, f"param_groups[{index}].beta1": group.beta1}
+    for key, value in keys.items():
+        if section.state_dtype == "bfloat16" and value > LONGEST_IN_BFLOAT16:
+            raise UserError(
+                f'optimizer.{key} = {value}: optimizer.state_dtype = "bfloat16" rounds away what changes so slowly; '
+                f'lower it to {LONGEST_IN_BFLOAT16} at most, or take "float32" or "int8"'
+            )
+
+
 RULES: tuple[Callable[[JobConfig], None], ...] = (
     text_dataset_needs_a_path,
     only_a_text_dataset_takes_a_path,
@@ -268,4 +292,6 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     memory_budget_is_the_compilers,
     float8_gathers_are_tensorwise,
     converters_are_named_once,
+    parameter_groups_have_patterns,
+    states_in_bfloat16_forget_in_time,
 )

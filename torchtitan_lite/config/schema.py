@@ -7,6 +7,8 @@ its documentation: docs/configuration.md is made from it.
 from dataclasses import dataclass, field
 from typing import Literal
 
+from torchtitan_lite.config.optimizing import LRScheduler as LRScheduler
+from torchtitan_lite.config.optimizing import Optimizer as Optimizer
 from torchtitan_lite.config.running import Checkpoint as Checkpoint
 from torchtitan_lite.config.running import Comm as Comm
 from torchtitan_lite.config.running import Elastic as Elastic
@@ -193,56 +195,6 @@ class MoE:
     overlap_halves: bool = False
     """Under expert parallelism: send a rank's tokens to their experts in two halves, of which one travels while the
     other computes."""
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    """AdamW and which parameters decay."""
-
-    name: Literal["AdamW"] = "AdamW"
-    """Optimizer (Loshchilov and Hutter, arXiv:1711.05101)."""
-
-    lr: float = setting(8e-4, minimum=0.0)
-    """Peak learning rate."""
-
-    beta1: float = setting(0.9, minimum=0.0, below=1.0)
-    """Decay of the mean of gradients."""
-
-    beta2: float = setting(0.95, minimum=0.0, below=1.0)
-    """Decay of the mean of squared gradients."""
-
-    eps: float = setting(1e-8, above=0.0)
-    """Added to the root of the second moment."""
-
-    weight_decay: float = setting(0.1, minimum=0.0)
-    """Decoupled weight decay of the parameters not excluded."""
-
-    weight_decay_exclude: list[str] = field(default_factory=lambda: ["*norm*", "*.bias"])
-    """Patterns (fnmatch) of parameter names that do not decay; `[]` decays all."""
-
-    implementation: Literal["for-loop", "foreach", "fused"] = "fused"
-    """`fused`: one kernel. `foreach`: one call per operation for all parameters. `for-loop`: one call per
-    operation and parameter."""
-
-
-@dataclass(frozen=True)
-class LRScheduler:
-    """Warm-up, stable part and decay (WSD, arXiv:2404.06395)."""
-
-    warmup_steps: int = setting(200, minimum=0)
-    """Steps over which the learning rate rises linearly to its peak."""
-
-    total_steps: int = setting(-1, minimum=1, auto=-1)
-    """Length of the schedule. -1: training.steps."""
-
-    decay_ratio: float = setting(-1.0, minimum=0.0, maximum=1.0, auto=-1)
-    """Part of the schedule that decays, at its end. -1: all that follows the warm-up."""
-
-    decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
-    """Shape of the decay."""
-
-    min_lr_factor: float = setting(0.0, minimum=0.0, maximum=1.0)
-    """Floor of the decay, as a part of the peak."""
 
 
 @dataclass(frozen=True)
