@@ -28,7 +28,7 @@ def peak_tflops(device_name: str, products: Literal["bfloat16", "float8"] = "bfl
 
 
 def mixed_peak_tflops(device_name: str, float8_share: float) -> float | None:
-    """The rate of a device that does `float8_share` of its FLOPs at its peak in float8, the rest at its peak in bfloat16;
+    """The rate of a device that does `float8_share` of its FLOPs at its peak in float8, the rest at that in bfloat16;
     None where it has no such peak."""
     bfloat16, float8 = peak_tflops(device_name), peak_tflops(device_name, "float8")
     if bfloat16 is None or float8 is None:
