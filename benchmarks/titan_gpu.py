@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import torch.distributed as dist
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -19,6 +20,10 @@ from torchtitan.config import CompileConfig, TrainingConfig
 from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.llama3 import model_registry
 from torchtitan.trainer import Trainer
+
+# 0.3.0 calls it after the first step; torch 2.13 has it under its private name only.
+if not hasattr(dist, "set_timeout"):
+    dist.set_timeout = dist.distributed_c10d._set_pg_timeout
 
 FOLDER, CORPUS = Path(os.environ["TITAN_FOLDER"]), Path(os.environ["TITAN_CORPUS"])
 SHAPE = ("LAYERS", "SEQ_LEN", "STEPS", "LOG_FREQ")
