@@ -15,6 +15,7 @@
 #   RDZV_CONF       KEY=VALUE,... for torchrun's --rdzv-conf
 #   LOG_RANK        ranks whose log is shown, as in 0,3; default 0
 #   OMP_NUM_THREADS threads of a rank; default: cores over ranks
+#   PYTORCH_ALLOC_CONF  settings of torch's allocator on GPUs; default: expandable_segments:True
 #   PYTHON          interpreter for the first set-up; default: python3
 #
 # Exit codes: 0 done, 1 a rank failed, 2 a mistake in recipe, overrides or environment, 128 + n stopped by signal n.

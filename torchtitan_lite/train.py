@@ -20,7 +20,7 @@ from dataclasses import asdict
 from torchtitan_lite.checkpoint.storage import published_steps
 from torchtitan_lite.config import JobConfig
 from torchtitan_lite.data.prepare import Prepared
-from torchtitan_lite.distributed.environment import environment_ranks
+from torchtitan_lite.distributed.environment import environment_ranks, set_allocator
 from torchtitan_lite.errors import Corruption, UserError
 from torchtitan_lite.observability.logging import setup_logging, shown_ranks
 from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> int:
     """Train; return the exit code: 0 done or stopped by a signal, 1 hardware that computes wrong numbers, 2 the user's
     mistake, 75 to be started again."""
     rank, world_size = environment_ranks()
+    set_allocator()  # here: a recipe may name a model from outside, which imports torch
     try:
         setup_logging(shown=rank in shown_ranks(world_size))
         if not arguments or arguments[0].startswith("--"):

@@ -28,13 +28,13 @@ from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSig
 from torchtitan_lite.elastic.replay import run_twice
 from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.errors import Corruption, UserError
-from torchtitan_lite.observability.hardware import peak_tflops
 from torchtitan_lite.observability.memory import peak_memory_gib
-from torchtitan_lite.observability.metrics import StepClock, console_line
+from torchtitan_lite.observability.metrics import console_line
 from torchtitan_lite.observability.sinks import RunLog, TensorBoard
 from torchtitan_lite.optim.gradients import clip_by_global_norm
 from torchtitan_lite.optim.optimizer import build_optimizer, set_lr
 from torchtitan_lite.preflight import JobPlan, identity
+from torchtitan_lite.rates import step_clock
 from torchtitan_lite.run_record import clear_stopped, manifest_record, write_stopped
 
 logger = logging.getLogger(__name__)
@@ -97,10 +97,7 @@ class Trainer:
         )
         self.cadence = Cadence(config.checkpoint.interval, config.checkpoint.interval_minutes)
         self.signals = StopSignals(config.elastic.grace_seconds)
-        # The table's peaks are bfloat16's.
-        peak = peak_tflops(here.device_name) if config.training.mixed_precision_param == "bfloat16" else None
-        flops_per_token = sum(plan.model_args.flops_by_module(seq_len).values())
-        self.clock = StepClock(flops_per_token, plan.tokens_per_step, here.world_size, peak)
+        self.clock = step_clock(plan, here.device_name)
         self.progress, self.saved = Progress(), 0
         float8 = config.quantize.linear.float8
         self.scales_ahead = uses_float8(config) and float8.precompute_float8_dynamic_scale_for_fsdp

@@ -63,3 +63,16 @@ def test_golden_values() -> None:
 
 
 GOLDEN = [0.8601040840, -0.1885352582, 1.607274055, -0.4328755438]
+
+
+def test_threads_that_draw_together_change_no_bit() -> None:
+    shape, threads = torch.Size((3000, 1024)), torch.get_num_threads()
+    try:
+        for init in (Init(std=0.02), Init(std=0.02, cutoff=3.0)):
+            drawn = []
+            for count in (1, 3):
+                torch.set_num_threads(count)
+                drawn.append(initial_rows("w", shape, 1, init, 5, 2999))
+            assert torch.equal(*drawn)
+    finally:
+        torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchtitan_lite.observability.hardware import PEAK_TFLOPS_BF16, peak_tflops
+from torchtitan_lite.observability.hardware import PEAK_TFLOPS, mixed_peak_tflops, peak_tflops
 
 KNOWN = {
     "NVIDIA H100 80GB HBM3": 989.0,
@@ -47,7 +47,17 @@ def test_a_device_that_is_not_in_the_table_has_none(name: str) -> None:
 
 
 def test_every_entry_of_the_table_is_reached() -> None:
-    for name, peak in PEAK_TFLOPS_BF16:
-        assert peak_tflops(f"VENDOR {name}") == peak
+    for name, bfloat16, float8 in PEAK_TFLOPS:
+        assert (peak_tflops(f"VENDOR {name}"), peak_tflops(f"VENDOR {name}", "float8")) == (bfloat16, float8)
         # An entry further up that also matched would be taken in its place.
-        assert next(entry for entry, _ in PEAK_TFLOPS_BF16 if entry in name) == name
+        assert next(entry for entry, *_ in PEAK_TFLOPS if entry in name) == name
+
+
+def test_the_peak_of_a_mixture_is_that_of_its_times() -> None:
+    h100 = "NVIDIA H100 80GB HBM3"
+    assert mixed_peak_tflops(h100, 0.0) == 989.0
+    assert mixed_peak_tflops(h100, 1.0) == pytest.approx(1979.0)
+    # 800 TFLOP in float8 take 0.404 s, 200 in bfloat16 0.202 s.
+    assert mixed_peak_tflops(h100, 0.8) == pytest.approx(1000 / (800 / 1979 + 200 / 989))
+    assert mixed_peak_tflops("NVIDIA A100 80GB PCIe", 0.5) is None
+    assert mixed_peak_tflops("CPU", 0.5) is None

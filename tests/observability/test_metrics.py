@@ -33,7 +33,7 @@ def _steps(clock: StepClock, clock_time: _Time, count: int, seconds: float, data
 
 
 def test_rates_of_a_window_by_hand(clock_time: _Time) -> None:
-    clock = StepClock(flops_per_token=5e9, tokens_per_step=4000, devices=4, peak_tflops=100.0)
+    clock = StepClock(flops_per_token=5e9, tokens_per_step=4000, devices=4, peaks={"mfu": 100.0, "mfu_float8": 160.0})
     _steps(clock, clock_time, count=10, seconds=0.5, data=0.125)
     assert clock.record() == pytest.approx(
         {
@@ -42,12 +42,13 @@ def test_rates_of_a_window_by_hand(clock_time: _Time) -> None:
             "tps": 2000.0,  # 40,000 tokens in 5 s on 4 devices
             "tflops": 10.0,  # of one device
             "mfu": 0.1,
+            "mfu_float8": 0.0625,
         }
     )
 
 
 def test_a_record_starts_the_next_window(clock_time: _Time) -> None:
-    clock = StepClock(1e9, 100, 1, 1.0)
+    clock = StepClock(1e9, 100, 1, {})
     _steps(clock, clock_time, count=3, seconds=2.0, data=1.0)
     clock.record()
     _steps(clock, clock_time, count=1, seconds=4.0, data=0.5)
@@ -56,7 +57,7 @@ def test_a_record_starts_the_next_window(clock_time: _Time) -> None:
 
 
 def test_what_is_paused_does_not_count(clock_time: _Time) -> None:
-    clock = StepClock(1e9, 100, 1, None)
+    clock = StepClock(1e9, 100, 1, {})
     _steps(clock, clock_time, count=1, seconds=2.0)
     with clock.paused():
         clock_time.now += 50.0
@@ -69,7 +70,7 @@ def test_what_is_paused_does_not_count(clock_time: _Time) -> None:
 
 
 def test_a_pause_across_a_record_is_the_next_windows_to_leave_out(clock_time: _Time) -> None:
-    clock = StepClock(1e9, 100, 1, None)
+    clock = StepClock(1e9, 100, 1, {})
     _steps(clock, clock_time, count=1, seconds=2.0)
     clock.record()
     with clock.paused():
@@ -79,7 +80,7 @@ def test_a_pause_across_a_record_is_the_next_windows_to_leave_out(clock_time: _T
 
 
 def test_restart_forgets_what_was(clock_time: _Time) -> None:
-    clock = StepClock(1e9, 100, 1, None)
+    clock = StepClock(1e9, 100, 1, {})
     _steps(clock, clock_time, count=5, seconds=60.0, data=30.0)
     clock.restart()
     _steps(clock, clock_time, count=2, seconds=1.0, data=0.25)
@@ -88,7 +89,7 @@ def test_restart_forgets_what_was(clock_time: _Time) -> None:
 
 
 def test_without_a_peak_there_is_no_mfu(clock_time: _Time) -> None:
-    clock = StepClock(1e9, 100, 1, None)
+    clock = StepClock(1e9, 100, 1, {"mfu": None})
     _steps(clock, clock_time, count=1, seconds=1.0)
     assert clock.record()["mfu"] is None
 
@@ -131,6 +132,11 @@ def test_the_console_line_of_a_mixture_shows_how_even_it_is() -> None:
 
 def test_an_unknown_mfu_is_not_a_number() -> None:
     assert "  mfu n/a  " in console_line(RECORD | {"mfu": None}, last_step=10)
+
+
+def test_float8_has_its_own_utilisation_beside() -> None:
+    assert "  mfu 46.2%  mfu_float8 31.0%  memory" in console_line(RECORD | {"mfu_float8": 0.31}, last_step=10)
+    assert "  mfu 46.2%  mfu_float8 n/a  memory" in console_line(RECORD | {"mfu_float8": None}, last_step=10)
 
 
 def test_lines_of_a_run_have_their_columns_in_line() -> None:

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from torchtitan_lite.errors import UserError
 
+# Any of them speaks to torch's allocator of device memory; the first is what torch calls it now.
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+
 
 def count_from(variable: str, default: int, least: int = 1) -> int:
     """A whole number of at least `least` from the environment; `default` where the variable is unset or empty."""
@@ -17,6 +20,16 @@ def count_from(variable: str, default: int, least: int = 1) -> int:
 def environment_ranks() -> tuple[int, int]:
     """(rank, world size) as torchrun has them; (0, 1) without torchrun."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def set_allocator() -> None:
+    """Have torch grow its segments of device memory in place, unless the user has told its allocator something.
+
+    Gathers and loads of experts have another size each time, and would leave holes that nothing else fits in. To be
+    called before torch first uses a device.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def cores() -> int:

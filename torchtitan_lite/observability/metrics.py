@@ -1,7 +1,7 @@
 """Rates and records of the steps between two log lines. No torch, no sync: what is measured is handed in."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +11,14 @@ from typing import Any
 class StepClock:
     """Times since the last record.
 
-    flops_per_token, tokens_per_step: of the whole step. devices: ranks that share it.
-    peak_tflops: of one device, None where unknown.
+    flops_per_token, tokens_per_step: of the whole step. devices: ranks that share it. peaks: name of a utilisation to
+    the TFLOP/s of one device that it is over, None where unknown.
     """
 
     flops_per_token: float
     tokens_per_step: int
     devices: int
-    peak_tflops: float | None
+    peaks: Mapping[str, float | None]
 
     def __post_init__(self) -> None:
         self.restart()
@@ -42,7 +42,8 @@ class StepClock:
         self._start += time.perf_counter() - paused
 
     def record(self) -> dict[str, Any]:
-        """step_time_s, data_time_s (means), tps (tokens/s and device), tflops (per device), mfu; starts anew."""
+        """step_time_s, data_time_s (means), tps (tokens/s and device), tflops (per device), utilisations; starts
+        anew."""
         elapsed = time.perf_counter() - self._start
         tps = self._steps * self.tokens_per_step / elapsed / self.devices
         tflops = tps * self.flops_per_token / 1e12
@@ -51,7 +52,7 @@ class StepClock:
             "data_time_s": self._data_time / self._steps,
             "tps": tps,
             "tflops": tflops,
-            "mfu": tflops / self.peak_tflops if self.peak_tflops else None,
+            **{name: tflops / peak if peak else None for name, peak in self.peaks.items()},
         }
         self.restart()
         return record
@@ -59,7 +60,9 @@ class StepClock:
 
 def console_line(record: dict[str, Any], last_step: int) -> str:
     """A record in the columns of the console."""
-    mfu = "n/a" if record["mfu"] is None else f"{record['mfu']:.1%}"
+    mfu = _percent(record["mfu"])
+    if "mfu_float8" in record:
+        mfu += f"  mfu_float8 {_percent(record['mfu_float8'])}"
     width = len(str(last_step))
     experts = ""
     if "moe_largest_share" in record:
@@ -71,3 +74,7 @@ def console_line(record: dict[str, Any], last_step: int) -> str:
         f"tps {record['tps']:>7,.0f}  tflops {record['tflops']:.3g}  mfu {mfu}  "
         f"memory {record['memory_peak_gib']:.2f} GiB  data {record['data_time_s'] * 1000:.1f} ms"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "n/a" if share is None else f"{share:.1%}"

@@ -6,6 +6,8 @@ matrices [experts, rows, columns] each is drawn as a parameter of its own, `name
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from hashlib import blake2b
 
 import torch
@@ -34,19 +36,23 @@ def initial_rows(name: str, shape: torch.Size, seed: int, init: Init, start: int
         return torch.full((stop - start, *shape[1:]), init.mean)
     per_block = max(1, _BLOCK // row)
     first = start // per_block
-    blocks = []
-    for block in range(first, -(-stop // per_block)):
+
+    def drawn(block: int) -> Tensor:
         rows = min(per_block, shape[0] - block * per_block)
         values = torch.empty((rows, *shape[1:]), dtype=torch.float32)
         generator = torch.Generator().manual_seed(_block_seed(seed, name, block))
         if init.cutoff is None:
-            values.normal_(init.mean, init.std, generator=generator)
-        else:
-            reach = init.cutoff * init.std
-            nn.init.trunc_normal_(values, init.mean, init.std, init.mean - reach, init.mean + reach, generator)
-        blocks.append(values)
+            return values.normal_(init.mean, init.std, generator=generator)
+        reach = init.cutoff * init.std
+        return nn.init.trunc_normal_(values, init.mean, init.std, init.mean - reach, init.mean + reach, generator)
+
+    blocks = range(first, -(-stop // per_block))
+    # Normals are drawn on one core; of a cut off one torch itself spreads what takes long over all of them.
+    threads = torch.get_num_threads() if init.cutoff is None and len(blocks) > 1 else 1
+    with ThreadPoolExecutor(threads) if threads > 1 else nullcontext() as pool:
+        values = torch.cat(list((map if pool is None else pool.map)(drawn, blocks)))
     offset = first * per_block
-    return torch.cat(blocks)[start - offset : stop - offset]
+    return values[start - offset : stop - offset]
 
 
 def _block_seed(seed: int, name: str, block: int) -> int:
