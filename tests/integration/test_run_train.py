@@ -267,7 +267,8 @@ def test_ctrl_c_during_start_up_ends_all_ranks_too(recipe: Path, delay: float) -
     os.killpg(process.pid, signal.SIGINT)
     rest = _rest_of_output(process, within=10)
     assert process.returncode == 130, rest
-    assert "Traceback" not in rest
+    # An interpreter that is interrupted before it runs anything of ours says so in its own way.
+    assert "Traceback" not in rest or "Fatal Python error: init" in rest
 
 
 def test_ranks_go_with_a_launcher_that_is_killed(recipe: Path) -> None:
