@@ -22,7 +22,7 @@ LAYERS = (
     {"assembly", "balance", "mesh_rules", "preflight", "rates", "run_record", "staged", "trainable"},
     {"trainer", "planner"},
     {"train"},
-    {"launch", "compare", "growth"},
+    {"launch", "compare", "growth", "status", "status_text"},
     {"cli", "__main__"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
@@ -97,7 +97,7 @@ def test_no_name_stands_in_two_layers() -> None:
     assert len(LAYER_OF) == sum(len(names) for names in LAYERS)
 
 
-@pytest.mark.parametrize("module", ["cli", "launch", "preflight", "train"])
+@pytest.mark.parametrize("module", ["cli", "launch", "preflight", "status", "train"])
 def test_what_starts_a_run_imports_nothing_heavy(module: str) -> None:
     program = f"import sys, torchtitan_lite.{module}; print(*(name for name in {HEAVY} if name in sys.modules))"
     done = subprocess.run(

@@ -65,6 +65,10 @@ def _parser() -> _Parser:
         return sub
 
     command(commands, "train", _train, "check a recipe, prepare its data, train it with torchrun on this machine")
+    status = command(commands, "status", _status, "show how runs are doing, from their folders; Ctrl-C ends it", "none")
+    status.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several make a table")
+    status.add_argument("--once", action="store_true", help="print it once, as where the output is no terminal")
+    status.add_argument("--json", action="store_true", help="one JSON document on stdout, once")
     command(commands, "prepare", _prepare, "train the tokenizer and tokenise the corpus of a recipe, once")
     meet = command(
         commands, "rendezvous", _rendezvous, "serve the store that launchers of several nodes meet at", "none"
@@ -114,6 +118,12 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> int:
     for source in prepared.sources:
         print(f"{source.folder}: {source.train.tokens:,} training tokens, {source.validation.tokens:,} held out")
     return 0
+
+
+def _status(options: argparse.Namespace, _: list[str]) -> int:
+    from torchtitan_lite import status
+
+    return status.run(options.runs, as_json=options.json, once=options.once)
 
 
 def _rendezvous(options: argparse.Namespace, _: list[str]) -> int:

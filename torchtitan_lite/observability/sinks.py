@@ -67,13 +67,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a JSON lines file; none where it is missing. A cut last line is left out."""
     if not path.exists():
         return []
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path}, line {number}: is not JSON; mend or remove the line") from None
-    return records
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [parsed(line, path, number) for number, line in enumerate(lines, start=1)]
+
+
+def parsed(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
+    """A record from its line, the one of that number in `path`. Raises UserError."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}, line {number}: is not JSON; mend or remove the line")
+    return record
 
 
 class TensorBoard:

@@ -1,0 +1,228 @@
+"""`torchtitan-lite status RUN...`: how runs are doing, from their folders alone. No torch, and nothing is written."""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from torchtitan_lite.checkpoint.storage import MANIFEST, published_steps, step_folder
+from torchtitan_lite.errors import UserError
+from torchtitan_lite.observability.run_view import FAILURES, RunReader, RunView
+from torchtitan_lite.observability.terminal import Screen
+from torchtitan_lite.run_record import read_stopped
+from torchtitan_lite.status_text import page
+from torchtitan_lite.strict_json import strict_dumps
+
+_EVERY_S = 1.0
+# A run with no line for so long, and for so many times as long as usual, is not simply between two lines.
+_PATIENCE_S, _PATIENCE_TIMES = 30.0, 10
+_STARTING_S = 300.0  # comm.init_timeout_seconds, by default: by then a start has logged, or given up
+_MARKS = ("config.json", "metrics.jsonl", "events.jsonl", ".lock")
+
+State = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "lost"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run is doing; None for what is not known. Times in seconds, rates in tokens per second.
+
+    told: why it is in that state. eta_s: of the steps that are left, without pauses. usual_s: between two lines.
+    held: whether a process holds the folder; None where that is for another machine to say. curve: losses in the order
+    of steps. changes: (step, ranks before, ranks now). skipped: the last step skipped, and how many were. troubles: the
+    last ones, (age, text).
+    """
+
+    run: str
+    state: State
+    told: str
+    model: str
+    mesh: str
+    step: int
+    steps: int | None
+    eta_s: float | None
+    step_time_s: float | None
+    usual_s: float | None
+    last_line_age_s: float | None
+    held: bool | None
+    loss: float | None
+    grad_norm: float | None
+    lr: float | None
+    tokens_per_s: float | None
+    tps: float | None
+    mfu: float | None
+    memory_peak_gib: float | None
+    checkpoint_step: int | None
+    checkpoint_age_s: float | None
+    validation_step: int | None
+    validation_loss: float | None
+    attempts: int
+    ranks: int | None
+    changes: list[tuple[int, int, int]]
+    skipped: int
+    skipped_last: str
+    troubles: list[tuple[float, str]]
+    curve: list[float]
+
+
+class Run:
+    """One run folder, read again and again: only what is new of it."""
+
+    def __init__(self, name: str) -> None:
+        """Raises UserError where there is no folder, or one that is no run's."""
+        self.name, self.folder = name, Path(name).expanduser()
+        if not self.folder.is_dir():
+            kind = "is no folder" if self.folder.exists() else "no such folder"
+            raise UserError(f"{name}: {kind}; name the run folder (job.dump_folder), as in outputs/llama3_debug")
+        if not any((self.folder / mark).exists() for mark in _MARKS):
+            inside = sorted(entry.parent.name for entry in self.folder.glob("*/config.json"))
+            mend = f"; name one in it, as in {self.folder / inside[0]}" if inside else ""
+            raise UserError(f"{name}: is no run folder, it has no {', '.join(_MARKS[:3])}{mend}")
+        self._reader = RunReader(self.folder)
+        self._config: tuple[int, dict[str, Any]] = (0, {})
+        self._saved: tuple[tuple[int, int], int | None, float] = ((-1, -1), None, 0.0)
+
+    def status(self) -> Status:
+        view, record, now = self._reader.read(), self._read_config(), time.time()
+        new, config = view.newest, record.get("config", {})
+        steps = config.get("training", {}).get("steps")
+        saved, saved_at = self._checkpoint(view, config.get("checkpoint", {}).get("folder", "checkpoint"))
+        ranks = (view.start or {}).get("world_size", record.get("world_size"))
+        step_time = view.step_time_s()
+        usual = step_time * view.between if step_time is not None else None
+        held, at = _held(self.folder), self._reader.changed_at
+        age = max(0.0, now - at) if at is not None else None
+        state, told = self._state(view, age, usual, held)
+        lasting = state in ("running", "quiet") and steps is not None and step_time is not None
+        validation, tps, model = view.validation or {}, _number(new.get("tps")), config.get("model", {})
+        return Status(
+            run=self.name,
+            state=state,
+            told=told,
+            model=f"{model.get('name', '')} {model.get('flavor', '')}".strip(),
+            mesh=str((view.start or {}).get("mesh", "")),
+            step=view.step,
+            steps=steps,
+            eta_s=(steps - view.step) * step_time if lasting else None,
+            step_time_s=step_time,
+            usual_s=usual,
+            last_line_age_s=age,
+            held=held,
+            loss=_number(new.get("loss")),
+            grad_norm=_number(new.get("grad_norm")),
+            lr=_number(new.get("lr")),
+            tokens_per_s=tps * ranks if tps is not None and ranks else None,
+            tps=tps,
+            mfu=_number(new.get("mfu")),
+            memory_peak_gib=_number(new.get("memory_peak_gib")),
+            checkpoint_step=saved,
+            checkpoint_age_s=max(0.0, now - saved_at) if saved is not None else None,
+            validation_step=validation.get("step"),
+            validation_loss=_number(validation.get("loss")),
+            attempts=view.attempts,
+            ranks=ranks,
+            changes=view.sizes,
+            skipped=len(view.skipped),
+            skipped_last=f"step {view.skipped[-1]['step']}: {view.skipped[-1].get('why', '')}" if view.skipped else "",
+            troubles=[(max(0.0, now - when), text) for when, text in view.troubles[-3:]],
+            curve=[loss for _, loss in view.curve],
+        )
+
+    def _read_config(self) -> dict[str, Any]:
+        path = self.folder / "config.json"
+        try:
+            changed = path.stat().st_mtime_ns
+            if changed != self._config[0]:
+                self._config = (changed, dict(json.loads(path.read_text(encoding="utf-8"))))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"{path}: is not a config.json of ours; this is no run folder, or a damaged one") from None
+        return self._config[1]
+
+    def _checkpoint(self, view: RunView, name: str) -> tuple[int | None, float]:
+        """Step of the newest one and when it was written; looked for where lines say that there may be another."""
+        if (known := (view.attempts, view.saves)) != self._saved[0]:
+            folder, at = self.folder / name, 0.0
+            steps = published_steps(folder)
+            if steps:
+                newest = step_folder(folder, steps[-1])
+                at = (newest / MANIFEST if (newest / MANIFEST).exists() else newest).stat().st_mtime
+            self._saved = (known, steps[-1] if steps else None, at)
+        return self._saved[1:]
+
+    def _state(self, view: RunView, age: float | None, usual: float | None, held: bool | None) -> tuple[State, str]:
+        if view.ended is not None and view.ended["event"] == "end":
+            return "finished", ""
+        if (stopped := read_stopped(self.folder)) is not None:
+            kept = "nothing saved" if stopped.get("saved") is None else f"step {stopped['saved']} is saved"
+            return "stopped", f"by {stopped.get('signal')} at step {stopped.get('step')}, {kept}"
+        if view.ended is not None and view.ended["event"] in FAILURES:
+            return "failed", str(view.ended["event"])
+        gone = "its process has gone" if held is False else ""
+        if view.start is None:
+            began = max((self.folder / mark).stat().st_mtime for mark in _MARKS if (self.folder / mark).exists())
+            fresh = held or (time.time() - began < _STARTING_S)
+            return ("starting", "nothing is logged yet") if fresh else ("lost", "it has never logged anything")
+        if gone and (age or 0.0) > 1.0:  # one that ends lets go of the folder a moment after its last line
+            return "lost", gone
+        patience = max(_PATIENCE_S, _PATIENCE_TIMES * usual) if usual is not None else _STARTING_S
+        if view.newest.get("attempt") != view.start.get("attempt"):  # a first step has much to do
+            return ("starting", "no step is logged yet") if (age or 0.0) < max(patience, _STARTING_S) else ("quiet", "")
+        return ("running", "") if (age or 0.0) < patience else ("quiet" if held else "lost", "")
+
+
+def run(names: Sequence[str], *, as_json: bool, once: bool, stream: TextIO | None = None) -> int:
+    """Show runs; return the exit code: 0, also for one that was left with Ctrl-C. Raises UserError."""
+    stream = stream or sys.stdout
+    runs = [Run(name) for name in names]
+    if as_json:
+        told = [_document(each.status()) for each in runs]
+        print(strict_dumps(told[0] if len(told) == 1 else told, indent=1), file=stream)
+        return 0
+    plain = "utf" not in (stream.encoding or "").lower()
+    if once or not stream.isatty():
+        width = shutil.get_terminal_size((80, 24)).columns
+        for line, _ in page([each.status() for each in runs], width, plain=plain):
+            print(line, file=stream)
+        return 0
+    screen = Screen(stream)
+    try:
+        while True:
+            told_now = [each.status() for each in runs]
+            columns, rows = shutil.get_terminal_size((80, 24))
+            screen.draw(page(told_now, columns, plain=plain), columns, rows)
+            if all(status.state == "finished" for status in told_now):
+                return 0
+            time.sleep(_EVERY_S)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _document(status: Status) -> dict[str, Any]:
+    return {key: value for key, value in asdict(status).items() if key != "curve"}
+
+
+def _held(folder: Path) -> bool | None:
+    """Whether the process that .lock names still holds it. Only looked at: to try the lock could stop a start."""
+    try:
+        host = (folder / ".lock").read_text().rpartition(" on ")[2]
+        if host != os.uname().nodename:
+            return None
+        inode = f":{(folder / '.lock').stat().st_ino} "
+        return any("FLOCK" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
+    except OSError:
+        return None
+
+
+def _number(value: Any) -> float | None:
+    """Those that are not finite are written as strings."""
+    try:
+        return None if value is None else float(value)
+    except (TypeError, ValueError):
+        return math.nan
