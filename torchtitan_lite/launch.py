@@ -25,7 +25,7 @@ from torchtitan_lite.elastic.nodes import (
     restarts_from_environment,
 )
 from torchtitan_lite.errors import UserError
-from torchtitan_lite.observability.logging import setup_logging, shown_ranks
+from torchtitan_lite.observability.logging import setup_logging, shown_ranks, without_colours
 from torchtitan_lite.preflight import JobPlan, finished_step, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.run_record import read_stopped
 from torchtitan_lite.train import LAUNCHER, already_finished
@@ -49,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         if not nodes.fixed:
             _require_sizes(recipe, overrides, nodes, ranks)
         plan = plan_job(recipe, overrides, nodes.most * ranks)
+        if plan.config.metrics.disable_color_printing:
+            without_colours()
         if callable(signal.getsignal(signal.SIGINT)):
             signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half prepared is taken away
         prepare_job(plan)
@@ -106,7 +108,7 @@ def _require_sizes(recipe: Path, overrides: Sequence[str], nodes: Nodes, ranks: 
         line = f"NNODES={nodes}: {count} nodes of NPROC={ranks} do not fit: {reason}; {told}"
         if count in (nodes.least, nodes.most):
             raise UserError(line)
-        logger.warning("warning   %s", line)
+        logger.warning("%s", line)
 
 
 def _stopped_by(number: signal.Signals, plan: JobPlan) -> int:

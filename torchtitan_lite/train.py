@@ -22,7 +22,7 @@ from torchtitan_lite.config import JobConfig
 from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed.environment import environment_ranks, set_allocator
 from torchtitan_lite.errors import Corruption, UserError
-from torchtitan_lite.observability.logging import setup_logging, shown_ranks
+from torchtitan_lite.observability.logging import log_repeated, setup_logging, shown_ranks, without_colours
 from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
 from torchtitan_lite.strict_json import flat
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str]) -> int:
     rank, world_size = environment_ranks()
     set_allocator()  # here: a recipe may name a model from outside, which imports torch
     try:
-        setup_logging(shown=rank in shown_ranks(world_size))
+        setup_logging(shown=rank in shown_ranks(world_size), rank=rank)
         if not arguments or arguments[0].startswith("--"):
             raise UserError("no recipe; name a TOML file first, as in train_configs/llama3_debug.toml")
         plan = plan_job(arguments[0], arguments[1:], world_size)
@@ -49,15 +49,19 @@ def main(arguments: Sequence[str]) -> int:
 
 def run(plan: JobPlan, rank: int) -> int:
     """Prepare, train, say where everything is; return the exit code."""
+    if plan.config.metrics.disable_color_printing:
+        without_colours()
     for what, value in plan.derived():
         logger.info("%-8s  %s", what, value)
     for warning in plan.warnings():
-        logger.warning("warning   %s", warning)
+        logger.warning("%s", warning)
     prepared = prepare_job(plan)
     train, held_out = prepared.tokens()
     logger.info("data      %s tokens, %s held out", f"{train:,}", f"{held_out:,}")
     with run_folder_held(plan.folder, _patience_s()) if rank == 0 else nullcontext():
-        return _train(plan, prepared)
+        code = _train(plan, prepared)
+    log_repeated()
+    return code
 
 
 def _patience_s() -> float:

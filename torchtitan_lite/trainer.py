@@ -28,6 +28,7 @@ from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSig
 from torchtitan_lite.elastic.replay import run_twice
 from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.errors import Corruption, UserError
+from torchtitan_lite.observability.logging import at_step
 from torchtitan_lite.observability.memory import peak_memory_gib
 from torchtitan_lite.observability.metrics import console_line
 from torchtitan_lite.observability.sinks import RunLog, TensorBoard
@@ -118,6 +119,7 @@ class Trainer:
         first, stop = self.progress.step + 1, 0
         self.signals.hold(signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
         while (step := self.progress.step + 1) <= last:
+            at_step(step, last)
             self.watchdog.begin(step)
             result = self.step(self._next_batches(step))
             if step == first:
@@ -215,7 +217,7 @@ class Trainer:
 
             record |= routing_record(result.routed, self.config.moe)
         self.log.metrics(record)
-        logger.info(console_line(record, self.config.training.steps))
+        logger.info(console_line(record))
         if tensorboard is not None:
             scalars = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
             tensorboard.write(self.progress.step, scalars)

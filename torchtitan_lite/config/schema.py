@@ -228,6 +228,9 @@ class Metrics:
     save_tb_folder: str = "tb"
     """TensorBoard folder inside the run folder."""
 
+    disable_color_printing: bool = False
+    """No colours in the log, on a terminal either. NO_COLOR in the environment does the same."""
+
     log_sample_ids: bool = False
     """Write samples.jsonl: the global sample ids of every step, in the order of the global batch."""
 

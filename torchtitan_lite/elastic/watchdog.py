@@ -182,7 +182,7 @@ class Watchdog:
             elif self._account is not None:
                 self._gather(store, self._account)
         except RuntimeError as error:
-            logger.warning("the watchdog of rank %d has lost the job's store: %s", self._here.rank, error)
+            logger.warning("the watchdog has lost the job's store: %s", error)
 
     def _tell(self, store: dist.Store, phase: str) -> None:
         last = {"host": self._host, "step": self._step, "phase": phase, "time": time.time()}

@@ -58,19 +58,17 @@ class StepClock:
         return record
 
 
-def console_line(record: dict[str, Any], last_step: int) -> str:
-    """A record in the columns of the console."""
+def console_line(record: dict[str, Any]) -> str:
+    """A record in the columns of the console; the step stands before each line of a log."""
     mfu = _percent(record["mfu"])
     if "mfu_float8" in record:
         mfu += f"  mfu_float8 {_percent(record['mfu_float8'])}"
-    width = len(str(last_step))
     experts = ""
     if "moe_largest_share" in record:
         aux = "" if record["moe_aux_loss"] is None else f"  aux {record['moe_aux_loss']:.4f}"
         experts = f"{aux}  largest share {record['moe_largest_share']:.1%}"
     return (
-        f"step {record['step']:>{width}}/{last_step}  loss {record['loss']:7.4f}  "
-        f"grad_norm {record['grad_norm']:7.4f}{experts}  lr {record['lr']:.2e}  "
+        f"loss {record['loss']:7.4f}  grad_norm {record['grad_norm']:7.4f}{experts}  lr {record['lr']:.2e}  "
         f"tps {record['tps']:>7,.0f}  tflops {record['tflops']:.3g}  mfu {mfu}  "
         f"memory {record['memory_peak_gib']:.2f} GiB  data {record['data_time_s'] * 1000:.1f} ms"
     )

@@ -7,6 +7,7 @@ they are.
 
 import logging
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
@@ -23,6 +24,7 @@ logger = logging.getLogger("torchtitan_lite")
 
 _MULTIPLE = 16  # of which rows and columns must be, for the hardware
 _AUTO = "auto_filter_small"
+_OUR_VIEWS = "FSDPRMSNorm, FSDPFloat8Linear|FSDPDecoder"
 _KEY = "quantize.linear.float8"
 
 
@@ -44,6 +46,9 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
         # Its fields are derived from one another once; replace() would derive them again.
         object.__setattr__(recipe, "emulate", section.emulate)
         config = recipe
+    # Its layers return views of their products, where FSDP warns of operations in place: the models do none, and the
+    # losses are functions of copies. Of other models, whose author may have to act, it is shown.
+    warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(({_OUR_VIEWS})\) returned a view tensor")
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name not in left)
     done = [name for name, module in model.named_modules() if _is_float8(module)]
     reasons = "".join(f"; not {_grouped(names)}: {reason}" for reason, names in _by_reason(left).items())
