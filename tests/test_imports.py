@@ -19,7 +19,7 @@ LAYERS = (
     {"config"},
     {"distributed", "observability"},
     {"data", "models", "optim", "quantization", "checkpoint", "elastic"},
-    {"assembly", "balance", "mesh_rules", "preflight", "rates", "run_record", "staged", "trainable"},
+    {"assembly", "balance", "mesh_rules", "model_table", "preflight", "rates", "run_record", "staged", "trainable"},
     {"trainer", "planner"},
     {"train"},
     {"launch", "compare", "growth", "status", "status_text"},

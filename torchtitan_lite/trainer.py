@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from torchtitan_lite import model_table
 from torchtitan_lite.assembly import Recipe, assemble
 from torchtitan_lite.checkpoint.cadence import Cadence
 from torchtitan_lite.checkpoint.manager import CheckpointManager, Loaded, Progress
@@ -73,6 +74,8 @@ class Trainer:
         recipe = Recipe(config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
         mesh = build_mesh(plan.dims, here.device.type)
         self.model = assemble(recipe, mesh, here.device, here.rank)
+        if logger.isEnabledFor(logging.INFO):
+            self._tell_plan()
         watchdog.watch(self.model.parts)
         stages, seq_len = axis(mesh, "pp"), config.training.seq_len
         self.stages = None if stages is None else stages.get_group()
@@ -176,6 +179,14 @@ class Trainer:
         if step not in self.config.debug.replay_steps:
             return run()
         return run_twice(self.model, run, self.here.device, step, self.log.event)
+
+    def _tell_plan(self) -> None:
+        plan, at = self.plan, self.plan.dims.coordinate(self.here.rank)
+        stages, of = (
+            ([], 0) if plan.pipeline is None else (plan.pipeline.stages_of(at["pp"]), len(plan.pipeline.stages))
+        )
+        section = self.config.activation_checkpoint
+        logger.info(model_table.told(self.model.parts, plan.parallel, section, stages, of))
 
     def _tell_compiled(self) -> None:
         told = compiled_so_far()
