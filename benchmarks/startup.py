@@ -74,7 +74,7 @@ def measure(ranks: int, repeats: int, scratch: Path) -> dict[str, list[float]]:
         ours = ["./run_train.sh", str(RECIPE), "--training.global_batch_size=4", "--training.steps=2"]
         ours += ["--checkpoint.enable=false", "--validation.enable=false", f"--job.dump_folder={scratch / 'run'}"]
         pair = {
-            "torchtitan_lite": seconds_until(ours, "step 1/2", environment),
+            "torchtitan_lite": seconds_until(ours, "step 1/2  loss", environment),
             "skeleton": seconds_until(launch, "first step", environment),
         }
         if repeat > 0:  # the first pair warms the page cache and the prepared corpus

@@ -46,7 +46,7 @@ def run(overrides: tuple[str, ...], scratch: Path) -> dict[str, float]:
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if f"step 1/{STEPS}" in line:
+            if f"step 1/{STEPS}  loss" in line:
                 first_step_s = time.perf_counter() - started
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode}")

@@ -136,13 +136,16 @@ def test_states_without_a_lock_to_look_at(folder: Path, monkeypatch: pytest.Monk
 
 def test_who_holds_the_folder_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with run_folder_held(folder):
-        if status._held(folder) is None:
+        _event(folder, "start", 20, -0.1, 3, world_size=4, host=os.uname().nodename)
+        _metrics(folder, 21, 1.0, 0, 3, step_time_s=1.0)
+        if status._held(folder, os.uname().nodename) is None:
             pytest.skip("this system has no /proc/locks")
         assert _state(monkeypatch, 29) == "run  running"
         assert _state(monkeypatch, 40) == "run  quiet: no line for 40 s, usually one each 1.0 s"
-    told = "run  lost: its process has gone; no line for 5.5 s, usually one each 1.0 s"
-    assert _state(monkeypatch, 5) == told
-    (folder / ".lock").write_text("1 on another-host")
+    told = "run  lost: its process has gone; no line for 5.5 s"
+    assert _state(monkeypatch, 5.5) == told
+    _event(folder, "start", 21, 1, 4, world_size=4, host="another")
+    _metrics(folder, 22, 1.0, 2, 4)
     assert _state(monkeypatch, 5) == "run  running", "it is for that host to say"
 
 

@@ -208,7 +208,7 @@ def run_folder_held(folder: Path, patience_s: float = 0.0) -> Iterator[None]:
                     "job.dump_folder"
                 ) from None
         handle.truncate(0)
-        handle.write(f"{os.getpid()} on {os.uname().nodename}")
+        handle.write(str(os.getpid()))
         handle.flush()
         yield
 

@@ -95,7 +95,7 @@ class Run:
         ranks = (view.start or {}).get("world_size", record.get("world_size"))
         step_time = view.step_time_s()
         usual = step_time * view.between if step_time is not None else None
-        held, at = _held(self.folder), self._reader.changed_at
+        held, at = _held(self.folder, (view.start or {}).get("host")), self._reader.changed_at
         age = max(0.0, now - at) if at is not None else None
         state, told = self._state(view, age, usual, held)
         lasting = state in ("running", "quiet") and steps is not None and step_time is not None
@@ -208,12 +208,12 @@ def _document(status: Status) -> dict[str, Any]:
     return {key: value for key, value in asdict(status).items() if key != "curve"}
 
 
-def _held(folder: Path) -> bool | None:
-    """Whether the process that .lock names still holds it. Only looked at: to try the lock could stop a start."""
+def _held(folder: Path, host: str | None) -> bool | None:
+    """Whether a process of this machine holds the folder's lock; None where `host`, which the run is on, is another or
+    not known. The lock is only looked at: to try it could stop a start."""
+    if host != os.uname().nodename:
+        return None
     try:
-        host = (folder / ".lock").read_text().rpartition(" on ")[2]
-        if host != os.uname().nodename:
-            return None
         inode = f":{(folder / '.lock').stat().st_ino} "
         return any("FLOCK" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
     except OSError:

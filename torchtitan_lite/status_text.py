@@ -43,7 +43,8 @@ def _one(status: Status, width: int, plain: bool) -> list[Line]:
 def _state(status: Status) -> str:
     told = status.told
     if status.state in ("quiet", "lost") and status.last_line_age_s is not None:
-        usual = "" if status.usual_s is None else f", usually one each {duration(status.usual_s)}"
+        known = status.usual_s is not None and not status.told
+        usual = f", usually one each {duration(status.usual_s or 0.0)}" if known else ""
         told = f"no line for {duration(status.last_line_age_s)}{usual}"
         told = f"{status.told}; {told}" if status.told else told
     return f"{status.state}{': ' + told if told else ''}"

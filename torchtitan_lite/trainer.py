@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -379,7 +380,8 @@ class Trainer:
         if again and (ended := runtime.from_first_rank(ended)) is not None:
             raise (UserError if ended["event"] == "stopped by faults" else Corruption)(ended["why"])
         latest = self.checkpoints.latest() if section.enable else None
-        self.log.event("start", latest or 0, world_size=self.here.world_size, mesh=str(self.plan.dims))
+        at = {"world_size": self.here.world_size, "mesh": str(self.plan.dims), "host": os.uname().nodename}
+        self.log.event("start", latest or 0, **at)
         if self.log.writes:
             clear_stopped(self.plan.folder)
         if section.enable:
