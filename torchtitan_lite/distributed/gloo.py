@@ -15,7 +15,7 @@ from torch.autograd import Variable
 from torch.distributed.fsdp import FSDPModule
 
 # Sums that may be under way at a time: each holds a unit's gradients twice, what is sent and what comes.
-_UNDER_WAY = 2
+_UNDER_WAY = 4
 
 
 class LateSums:
