@@ -229,6 +229,8 @@ FLOAT8 = [
     case(2, recipe=_TENSORWISE, pp=2),
     case(2, recipe=_TENSORWISE, compiled=True, backend="aot_eager"),
     case(4, recipe=_TENSORWISE, shard=2, tp=2, gathered=True),
+    case(2, recipe=_HIGH, cp=2),
+    case(4, recipe=_TENSORWISE, shard=2, pp=2),
 ]
 
 # bfloat16 rounds to 3 digits, elsewhere on every mesh: held to the single process in bfloat16.
