@@ -6,6 +6,7 @@ something asks for it.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,9 +14,21 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Variable
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 # Sums that may be under way at a time: each holds a unit's gradients twice, what is sent and what comes.
 _UNDER_WAY = 4
+
+
+def communicate_while_computing(units: Iterable[FSDPModule]) -> None:
+    """Have a model's units, in place, gather and reduce over gloo without waiting where they start to."""
+    late = LateSums()
+    for unit in units:
+        unit._set_unshard_async_op(True)
+        group = unit._get_fsdp_state()._fsdp_param_group
+        if group is not None:  # of a module whose parameters are all other units'
+            unit.set_custom_reduce_scatter(ExchangedSums(group, late))
 
 
 class LateSums:
@@ -28,7 +41,7 @@ class LateSums:
         """Take the sum of `received` over its first dim into `output` once `work` is done, by the end of the backward
         pass that this is called in."""
         if not self._waiting:
-            Variable._execution_engine.queue_callback(lambda: self.take(0))  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(lambda: self.take(0))
         self._waiting.append((work, received, output))
         self.take(_UNDER_WAY)
 
@@ -38,16 +51,15 @@ class LateSums:
             _sum_up(*self._waiting.popleft())
 
 
-class ExchangedSums:
-    """A unit's reduce-scatter, in the place of torch's (torch.distributed.fsdp's ReduceScatter).
+class ExchangedSums(ReduceScatter):
+    """A unit's reduce-scatter, in the place of torch's own.
 
     What FSDP does with the result before the backward ends decides whether it may come late: it only cuts it into
     gradients, unless it adds it to ones that are there, sums it over replicas, or copies it to the host.
     """
 
-    def __init__(self, unit: FSDPModule, late: LateSums) -> None:
-        self._group = unit._get_fsdp_state()._fsdp_param_group
-        self._late = late
+    def __init__(self, group: FSDPParamGroup, late: LateSums) -> None:
+        self._group, self._late = group, late
 
     def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(size, dtype=dtype, device=device)
