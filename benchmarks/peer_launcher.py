@@ -26,7 +26,8 @@ BOS, EOS = "<s>", "</s>"
 
 
 def prepare(folder: Path) -> None:
-    """`tokenizer.json` of the debug model's vocabulary, and one document: between several 0.3.0 restarts positions."""
+    """`tokenizer.json` of the debug model's vocabulary, and a document for each of two ranks: between several 0.3.0
+    restarts positions."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     texts = [path.read_text(encoding="utf-8") for path in sorted((folder / "corpus").iterdir())]
@@ -36,7 +37,7 @@ def prepare(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": BOS, "eos_token": EOS}))
     (folder / "data").mkdir(exist_ok=True)
-    (folder / "data" / "data.json").write_text(json.dumps({"text": "\n".join(texts)}) + "\n")
+    (folder / "data" / "data.json").write_text((json.dumps({"text": "\n".join(texts)}) + "\n") * 2)
 
 
 def _mend() -> None:

@@ -15,11 +15,13 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+_WHOLE = 25  # runs, after which the collector looks at all objects again
 _GRACE_S = 5.0  # for the other ranks, once one has failed
 _START_S = 120.0  # for a process to start and import torch
 
@@ -159,12 +161,13 @@ def _serve(connection: Connection, stacks: str) -> None:
     handle = Path(stacks).open("w")  # noqa: SIM115  # open as long as the process lives
     torch.set_num_threads(1)
     connection.send("ready")
-    while True:
+    for number in count():
         try:
             function, args, environment, group, timeout = connection.recv()
         except EOFError:
             sys.exit(0)
         os.environ.update(environment)
+        _set_aside(everything=number % _WHOLE == 0)
         # Each time: a run holds this signal too, and leaves it with Python's handler.
         faulthandler.unregister(signal.SIGUSR1)
         faulthandler.register(signal.SIGUSR1, file=handle, all_threads=True)
@@ -173,6 +176,15 @@ def _serve(connection: Connection, stacks: str) -> None:
         except BaseException as error:
             failed_at = getattr(error, "failed_at", time.monotonic())
             connection.send((failed_at, traceback.format_exc()))
+
+
+def _set_aside(everything: bool) -> None:
+    """Have the collector pass over what is there before a run, modules most of all: looking at all of it, twice a run,
+    took longer than most runs. everything: look at what was set aside before, which may be garbage by now."""
+    if everything:
+        gc.unfreeze()
+    gc.collect()  # what a run that failed has left, and its traceback kept
+    gc.freeze()
 
 
 def _run(function: Callable[..., Any], args: tuple[Any, ...], group: bool, timeout: float) -> Any:

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.ranks import RankPool
 from tests.tiny import DEEP_LLAMA, write_recipe
 from torchtitan_lite.data.loader import Batch
+from torchtitan_lite.distributed import gloo
 
 BLOCKS = DEEP_LLAMA.flavors["untied"].n_layers
 UNITS = BLOCKS + 2  # embedding; norm and output
@@ -19,6 +20,7 @@ _NAMES = {
     "reduce_scatter": ("_reduce_scatter_base_", "reduce_scatter_tensor"),
     "all_gather": ("_allgather_base_", "all_gather_into_tensor"),
     "all_reduce": ("allreduce_", "all_reduce"),
+    "all_to_all": ("alltoall_base_",),  # how FSDP's reductions go over gloo
 }
 
 
@@ -76,7 +78,7 @@ def test_whole_gradients_are_reduced_once_a_step_and_freed_ones_in_each_micro_ba
 ) -> None:
     for policy, reductions in (("never", UNITS), ("always", 3 * UNITS)):
         for counts, _ in pool.run(_counted, 2, recipe, [_RESHARD + policy], 3):
-            assert counts["reduce_scatter"] == reductions, policy
+            assert counts["all_to_all"] == reductions, policy
 
 
 def test_parameters_that_are_kept_are_gathered_once_a_step_and_freed_ones_twice_a_micro_batch(
@@ -96,7 +98,24 @@ def test_replicas_are_reduced_in_the_last_micro_batch_only(pool: RankPool, recip
 def test_a_pipeline_reduces_once_a_step(pool: RankPool, recipe: str) -> None:
     arguments = ["--parallelism.pipeline_parallel_degree=2"]
     for counts, _ in pool.run(_counted, 4, recipe, arguments, 4):
-        assert counts["reduce_scatter"] == BLOCKS // 2 + 1
+        assert counts["all_to_all"] == BLOCKS // 2 + 1
+
+
+def _exchanges_and_sums(recipe: str) -> list[str]:
+    """The order in which a step of two micro-batches starts FSDP's exchanges (x) and takes their sums (s)."""
+    order: list[str] = []
+    exchange, sum_up = torch.distributed.all_to_all_single, gloo._sum_up
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_to_all_single", lambda *a, **k: (order.append("x"), exchange(*a, **k))[1])
+        patch.setattr(gloo, "_sum_up", lambda *a: (order.append("s"), sum_up(*a))[1])
+        _counted(recipe, [], 2)
+    return order[: len(order) // 2]
+
+
+def test_sums_over_gloo_come_late_in_the_first_micro_batch_only(pool: RankPool, recipe: str) -> None:
+    late = ["x"] * gloo._UNDER_WAY + ["x", "s"] * (UNITS - gloo._UNDER_WAY) + ["s"] * gloo._UNDER_WAY
+    for order in pool.run(_exchanges_and_sums, 2, recipe):
+        assert order == late + ["x", "s"] * UNITS  # the second adds to the gradients of the first
 
 
 def test_tensor_parallel_blocks_gather_twice_and_scatter_twice_each_way(pool: RankPool, recipe: str) -> None:

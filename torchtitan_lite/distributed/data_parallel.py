@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from torchtitan_lite.distributed.gloo import communicate_while_computing
 from torchtitan_lite.distributed.units import matches, unit_modules
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -69,11 +70,13 @@ def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan, expe
     for unit in units:
         shard(unit, mesh, policy)
     shard(model, mesh, policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # gloo has no scaled sum; NCCL gains nothing from one by 1.
-            module.set_force_sum_reduction_for_comms(True)
+    spread = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in spread:
+        module.set_gradient_divide_factor(1.0)
+        # gloo has no scaled sum; NCCL gains nothing from one by 1.
+        module.set_force_sum_reduction_for_comms(True)
+    if mesh.device_type == "cpu":
+        communicate_while_computing(spread)
     _prefetch([[unit[0], *(inner for part in unit for inner in part.modules() if inner in within)] for unit in units])
 
 
