@@ -76,7 +76,7 @@ def test_the_same_warning_of_several_ranks_is_shown_once() -> None:
     program = (
         "import logging, sys, torchtitan_lite.observability.logging as log; rank = int(sys.argv[1]);"
         "log.setup_logging(shown=rank == 0, rank=rank); logger = logging.getLogger('torchtitan_lite');"
-        "logger.info('hello'); logger.warning('of all'); logger.warning('of %d', rank); input()"
+        "logger.info('hello'); logger.warning('of all'); logger.warning('of %d', rank); sys.stdin.read()"
     )
     ranks = [
         subprocess.Popen(
@@ -84,8 +84,16 @@ def test_the_same_warning_of_several_ranks_is_shown_once() -> None:
         )
         for rank in range(3)
     ]
-    heard = [process.stdout.readline() for process in ranks if process.stdout]  # they are all there
-    text = "".join((*heard, *(process.communicate("\n", timeout=30)[0] for process in ranks)))
+    heard = []
+    for process in ranks:
+        assert process.stdout is not None
+        heard.append(process.stdout.readline())  # they are all there
+    for process in ranks:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.close()
+        heard.append(process.stdout.read())
+        process.wait(timeout=30)
+    text = "".join(heard)
     told = sorted(line.partition("  ")[2] for line in text.splitlines())
     assert told == ["hello", "warning: of 0", "warning: of 1", "warning: of 2", "warning: of all"]
     assert "rank 2  warning: of 2" in text
