@@ -89,7 +89,8 @@ def test_the_same_warning_of_several_ranks_is_shown_once() -> None:
         assert process.stdout is not None
         heard.append(process.stdout.readline())  # they are all there
     for process in ranks:
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.close()
         heard.append(process.stdout.read())
         process.wait(timeout=30)
