@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -258,6 +259,11 @@ def test_pieces() -> None:
     assert one_line("a\nb\x1b") == "a b "
 
 
+def _own_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it, and so would their children
+
+
 class _Terminal:
     """A pseudo-terminal of 80 by 24 with `status` in it."""
 
@@ -272,7 +278,7 @@ class _Terminal:
             stdout=theirs,
             stderr=theirs,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=_own_terminal,
             env={**keep, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", **environment},
         )
         os.close(theirs)
