@@ -88,7 +88,9 @@ def test_show_for_a_world_size_adds_what_follows_from_it(recipe: Path, capsys: p
 def test_show_json_is_one_document_on_stdout(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", str(recipe), "--json"]) == 0
     out, err = capsys.readouterr()
-    assert _strict_json(out) == {"config": asdict(load_config(recipe)), "derived": {}, "warnings": []}
+    shown = _strict_json(out)
+    assert shown["config"] == asdict(load_config(recipe))
+    assert (shown["derived"], shown["warnings"]) == ({}, [])
     assert err == ""
 
     assert main(["config", "show", str(recipe), "--json", "--world-size=2", "--training.steps=9"]) == 0
