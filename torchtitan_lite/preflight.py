@@ -149,7 +149,9 @@ def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> J
         rule(case)
     schedule = build_schedule(config.lr_scheduler, config.optimizer.lr)
     differs = config_difference(asdict(asked), asdict(config))
-    filled = tuple(f"{section}.{key}" for section, keys in differs.items() for key in keys)
+    filled = tuple(
+        f"{at}.{key}" for at, keys in differs.items() for key, (open_, _) in keys.items() if open_ in (-1, "")
+    )
     return JobPlan(Path(recipe), config, dims, batch, schedule, spec, args, parallel, pipeline, folder, origin, filled)
 
 

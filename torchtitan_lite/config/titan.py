@@ -268,7 +268,7 @@ _OTHERS: dict[str, Entry] = {
         to=_excluded,
     ),
     "checkpoint.enable_first_step_checkpoint": Dropped(
-        "checkpoint.interval is the only rhythm; a trial run with interval = 1 shows that saving works", equals(False)
+        "the first step is not saved for itself; a trial run with interval = 1 shows that saving works", equals(False)
     ),
     "checkpoint.enable_ft_dataloader_checkpoints": Dropped("every checkpoint has the data position", always),
     "checkpoint.create_seed_checkpoint": Dropped(
