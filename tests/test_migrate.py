@@ -155,6 +155,8 @@ def test_diff_takes_runs_and_resolves_a_recipe_as_the_run_beside_it(
     assert found["world_size"] == [4, 4]
     assert found["config"] == {"job": {"dump_folder": [str(run), "outputs/base"]}}
     assert found["derived"] == {}
+    # What one side alone left open is no consequence.
+    assert _diff(capsys, base, run)["config"] == {"job": {"dump_folder": ["outputs/base", str(run)]}}
 
     other = _run_folder(tmp_path / "other", base, 2)
     found = _diff(capsys, run, other)
