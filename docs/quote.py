@@ -1,7 +1,7 @@
 """Keep what docs/ quote of code and recipes equal to them: `python docs/quote.py` rewrites the quotes.
 
 A quote is a comment `<!-- quote FILE QUALIFIED.NAME -->` followed by a block fenced as python; the table of recipes
-stands between two comments.
+and that of TorchTitan's keys stand between two comments each.
 """
 
 import ast
@@ -9,12 +9,15 @@ import re
 import textwrap
 from pathlib import Path
 
+from torchtitan_lite.config.migration import entry_of
+from torchtitan_lite.config.titan import TITAN, Changed, Dropped, Kept, Renamed
 from torchtitan_lite.preflight import plan_job
 
 ROOT = Path(__file__).parent.parent
 _QUOTE = re.compile(r"(<!-- quote (\S+) (\S+) -->\n```python\n)(.*?)(```)", re.DOTALL)
 
 _TABLE = re.compile(r"(<!-- recipes: generated .*? -->\n)(.*?)(<!-- recipes: end -->)", re.DOTALL)
+_KEYS = re.compile(r"(<!-- keys of TorchTitan: generated .*? -->\n)(.*?)(<!-- keys of TorchTitan: end -->)", re.DOTALL)
 _FIELD = re.compile(r"^# ([A-Z][a-z ]+): +(.*(?:\n# {12,}.*)*)", re.MULTILINE)
 
 
@@ -32,6 +35,7 @@ def source_of(path: Path, name: str) -> str:
 def requoted(text: str) -> str:
     """A page with every quote as the code is now, and the table as the recipes are."""
     text = _QUOTE.sub(lambda m: m[1] + source_of(ROOT / m[2], m[3]) + m[5], text)
+    text = _KEYS.sub(lambda m: m[1] + key_table() + m[3], text)
     return _TABLE.sub(lambda m: m[1] + recipe_table() + m[3], text)
 
 
@@ -54,6 +58,29 @@ def recipe_table() -> str:
         name = f"[{plan.recipe.stem}](../train_configs/{plan.recipe.name})"
         rows.append(f"| {name} | {plan.dims} | {step} | {told['Shows']} | {told['Published']} |")
     return "\n".join(rows) + "\n"
+
+
+def key_table() -> str:
+    """What becomes of every key of TorchTitan's, section by section; those that stay in one row."""
+    rows: dict[str, list[str]] = {}
+    kept: dict[str, list[str]] = {}
+    for key in TITAN:
+        section, _, name = key.rpartition(".")
+        entry = entry_of(key)
+        if isinstance(entry, Kept):
+            kept.setdefault(section, []).append(f"`{name}`")
+        elif isinstance(entry, Renamed):
+            rows.setdefault(section, []).append(f"| `{key}` | renamed | `{entry.to}` |")
+        elif isinstance(entry, Changed):
+            rows.setdefault(section, []).append(f"| `{key}` | changed | {entry.told} |")
+        elif isinstance(entry, Dropped):
+            rows.setdefault(section, []).append(f"| `{key}` | dropped | {entry.why} |")
+    lines = ["| key | | |", "|---|---|---|"]
+    for section in dict.fromkeys(key.rpartition(".")[0] for key in TITAN):
+        if section in kept:
+            lines.append(f"| `[{section}]` | kept | {', '.join(kept[section])} |")
+        lines += rows.get(section, [])
+    return "\n".join(lines) + "\n"
 
 
 def pages() -> list[Path]:

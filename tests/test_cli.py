@@ -18,8 +18,9 @@ from tests.tiny import write_recipe
 from torchtitan_lite import launch
 from torchtitan_lite.checkpoint import report, storage
 from torchtitan_lite.cli import main
-from torchtitan_lite.config import load_config
+from torchtitan_lite.config import JobConfig, load_config
 from torchtitan_lite.config.document import config_lines, markdown
+from torchtitan_lite.config.loading import leaf_names
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted(ROOT.joinpath("train_configs").rglob("*.toml"))
@@ -88,7 +89,9 @@ def test_show_for_a_world_size_adds_what_follows_from_it(recipe: Path, capsys: p
 def test_show_json_is_one_document_on_stdout(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "show", str(recipe), "--json"]) == 0
     out, err = capsys.readouterr()
-    assert _strict_json(out) == {"config": asdict(load_config(recipe)), "derived": {}, "warnings": []}
+    shown = _strict_json(out)
+    assert shown["config"] == asdict(load_config(recipe))
+    assert (shown["derived"], shown["warnings"]) == ({}, [])
     assert err == ""
 
     assert main(["config", "show", str(recipe), "--json", "--world-size=2", "--training.steps=9"]) == 0
@@ -97,6 +100,26 @@ def test_show_json_is_one_document_on_stdout(recipe: Path, capsys: pytest.Captur
     assert shown["config"]["parallelism"]["data_parallel_shard_degree"] == 2
     assert list(shown["derived"]) == ["model", "mesh", "batch", "schedule", "kept"]
     assert shown["derived"]["mesh"] == "2 ranks: dp_shard 2"
+
+
+def test_show_tells_what_a_recipe_extends_and_where_each_value_comes_from(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    middle = _write(tmp_path / "middle.toml", f'extends = "{recipe.name}"\n[training]\nsteps = 7\nseq_len = 16\n')
+    top = _write(tmp_path / "top.toml", 'extends = "middle.toml"\n[training]\nseq_len = 64\n')
+    arguments = ["config", "show", str(top), "--optimizer.lr=1e-5", "--world-size=2"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"# {top}, extends {middle}, extends {recipe}"
+    assert main([*arguments, "--json"]) == 0
+    shown = _strict_json(capsys.readouterr().out)
+    assert shown["chain"] == [str(top), str(middle), str(recipe)]
+    sources = shown["sources"]
+    assert list(sources) == list(leaf_names(JobConfig))
+    assert sources["training.seq_len"] == str(top)
+    assert sources["training.steps"] == str(middle)
+    assert sources["training.global_batch_size"] == str(recipe)
+    assert sources["optimizer.lr"] == "--optimizer.lr=1e-5"
+    assert sources["optimizer.eps"] == "default"
 
 
 def test_docs_print_the_document(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,6 +168,28 @@ def test_check_takes_the_fewest_ranks_that_the_degrees_ask_for(
         assert main(["config", "check", "--json", str(recipe)]) == 0
         (row,) = _strict_json(capsys.readouterr().out)
         assert (row["ok"], row["world_size"], row["derived"]["mesh"]) == (True, ranks, mesh)
+
+
+def test_check_gives_experts_and_gathers_the_ranks_they_need(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moe = '[model]\nname = "qwen3"\nflavor = "debugmodel_moe"\n[parallelism]\nexpert_parallel_degree = 4\n'
+    gathers = (
+        '[model]\nconverters = ["quantize.linear.float8"]\n'
+        "[quantize.linear.float8]\nenable_fsdp_float8_all_gather = true\n"
+    )
+    for text, mesh in [
+        (moe, "4 ranks: dp_shard 4, ep 4 within"),
+        (moe + "context_parallel_degree = 2\n", "4 ranks: dp_shard 2 x cp 2, ep 4 within"),
+        (moe + "data_parallel_shard_degree = 8\n", "8 ranks: dp_shard 8, ep 4 within"),
+        (gathers, "2 ranks: dp_shard 2"),
+    ]:
+        assert main(["config", "check", "--json", str(_write(tmp_path / "a.toml", text))]) == 0
+        (row,) = _strict_json(capsys.readouterr().out)
+        assert row["derived"]["mesh"] == mesh
+    # Where the recipe says how many, it is held to it.
+    fixed = _write(tmp_path / "b.toml", gathers + "[parallelism]\ndata_parallel_shard_degree = 1\n")
+    assert main(["config", "check", str(fixed)]) == 2
 
 
 def test_check_for_a_world_size_refuses_what_does_not_fit_it(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ LAYERS = (
     {"assembly", "balance", "mesh_rules", "model_table", "preflight", "rates", "run_record", "staged", "trainable"},
     {"trainer", "planner"},
     {"train"},
-    {"launch", "compare", "growth", "status", "status_text"},
+    {"launch", "compare", "growth", "migrate", "recipe_diff", "status", "status_text"},
     {"cli", "__main__"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

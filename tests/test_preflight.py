@@ -10,6 +10,7 @@ import pytest
 from tests.checkpoint.reading import contents
 from tests.corpus import write_corpus
 from tests.tiny import SPEC, TINY, write_recipe
+from torchtitan_lite import train
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.preflight import JobPlan, finished_step, identity, plan_job, prepare_job, run_folder_held
@@ -426,3 +427,33 @@ def test_what_needs_torchao_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("torchtitan_lite.preflight.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'needs torchao, .* pip install "torchtitan-lite\[torchao\]"'):
         prepare_job(plan_job(recipe, [setting], 1))
+
+
+def test_a_plan_knows_what_the_recipe_extends_and_left_open(recipe: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.toml"
+    top.write_text(f'extends = "{recipe.name}"\n[training]\nglobal_batch_size = -1\n[lr_scheduler]\ntotal_steps = 90\n')
+    plan = plan_job(top, [f"--job.dump_folder={tmp_path}/./run"], 2)
+    assert plan.origin.chain == (str(top), str(recipe))
+    assert set(plan.filled) == {"training.global_batch_size", "parallelism.data_parallel_shard_degree"}
+    plan.folder.mkdir()
+    write_config_json(plan, {}, "CPU")
+    record = json.loads((plan.folder / "config.json").read_text())
+    assert (record["extends"], record["filled"]) == ([str(recipe)], list(plan.filled))
+    assert "job.dump_folder" in plan_job(top, ["--job.dump_folder="], 2).filled
+
+
+@pytest.mark.parametrize("extends", [True, False])
+def test_the_start_names_what_the_recipe_extends_once(
+    extends: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stop(plan: JobPlan) -> None:
+        raise UserError("far enough")
+
+    monkeypatch.setattr(train, "prepare_job", stop)
+    top = tmp_path / "top.toml"
+    top.write_text(f'extends = "{recipe.name}"\n')
+    with caplog.at_level("INFO", "torchtitan_lite"), pytest.raises(UserError, match="far enough"):
+        train.run(plan_job(top if extends else recipe, (), 1), 0)
+    named = [line for line in caplog.messages if line.startswith("recipe ")]
+    assert named == ([f"recipe    {top}, extends {recipe}"] if extends else [])
+    assert caplog.messages[len(named)].startswith("model ")

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
-from torchtitan_lite.config import load_config
-from torchtitan_lite.config.loading import split_override
+from torchtitan_lite.config import JobConfig, load_config
+from torchtitan_lite.config.loading import leaf_names, load_traced, split_override
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.strict_json import strict_dumps
 
@@ -90,6 +90,15 @@ def _parser() -> _Parser:
     check = command(actions, "check", _check, "check recipes without running them", recipes="many")
     check.add_argument("--world-size", type=_positive, help="ranks; default: the fewest that the degrees ask for")
     check.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    migrate = command(actions, "migrate", _migrate, "turn a recipe of TorchTitan 0.2.x into one of ours", "none")
+    migrate.add_argument("old", metavar="OLD", help="its TOML file")
+    migrate.add_argument("--out", metavar="NEW", help="a file for the new recipe; without it, it goes to stdout")
+    migrate.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    diff = command(actions, "diff", _diff, "what differs between two recipes or finished runs", "none")
+    diff.add_argument("a", metavar="A", help="a TOML file, a run folder or its config.json")
+    diff.add_argument("b", metavar="B", help="another")
+    diff.add_argument("--world-size", type=_positive, help="resolve recipes for so many ranks; default: those of a run")
+    diff.add_argument("--json", action="store_true", help="one JSON document on stdout")
     command(actions, "docs", _docs, "print docs/configuration.md", recipes="none")
     return parser
 
@@ -144,13 +153,17 @@ def _show(options: argparse.Namespace, overrides: list[str]) -> int:
 
     derived: dict[str, str] = {}
     warnings: list[str] = []
-    config = load_config(options.recipe, overrides)
+    config, origin = load_traced(options.recipe, overrides)
     if options.world_size:
         plan = plan_job(options.recipe, overrides, options.world_size)
         config, derived, warnings = plan.config, dict(plan.derived()), plan.warnings()
     if options.json:
-        print(strict_dumps({"config": asdict(config), "derived": derived, "warnings": warnings}, indent=1))
+        shown = {"config": asdict(config), "derived": derived, "warnings": warnings}
+        sources = {key: origin.sources.get(key, "default") for key in leaf_names(JobConfig)}
+        print(strict_dumps({**shown, "chain": origin.chain, "sources": sources}, indent=1))
         return 0
+    if len(origin.chain) > 1:
+        print(f"# {origin}\n")
     print("\n".join(config_lines(config)))
     for what, value in derived.items():
         print(f"\n# {what}: {value}" if what == next(iter(derived)) else f"# {what}: {value}")
@@ -172,16 +185,25 @@ def _check(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _checked(recipe: str, world_size: int | None) -> dict[str, Any]:
-    from torchtitan_lite.distributed.parallel_dims import fewest_ranks
-    from torchtitan_lite.preflight import plan_job
+    from torchtitan_lite.preflight import plan_job, plan_smallest
 
     try:
-        if world_size is None:
-            world_size = fewest_ranks(load_config(recipe).parallelism)
-        plan = plan_job(recipe, (), world_size)
+        plan = plan_job(recipe, (), world_size) if world_size else plan_smallest(recipe)
     except UserError as error:
         return {"recipe": recipe, "ok": False, "world_size": world_size, "error": str(error)}
-    return {"recipe": recipe, "ok": True, "world_size": world_size, "derived": dict(plan.derived())}
+    return {"recipe": recipe, "ok": True, "world_size": plan.dims.world_size, "derived": dict(plan.derived())}
+
+
+def _migrate(options: argparse.Namespace, _: list[str]) -> int:
+    from torchtitan_lite import migrate
+
+    return migrate.run(options.old, options.out, as_json=options.json)
+
+
+def _diff(options: argparse.Namespace, _: list[str]) -> int:
+    from torchtitan_lite import recipe_diff
+
+    return recipe_diff.run(options.a, options.b, options.world_size, as_json=options.json)
 
 
 def _docs(_: argparse.Namespace, __: list[str]) -> int:

@@ -17,11 +17,13 @@ from typing import Any
 
 from torchtitan_lite.checkpoint.storage import find_checkpoint, published_steps, step_folder, verified
 from torchtitan_lite.config import JobConfig, load_config, run_folder
+from torchtitan_lite.config.difference import config_difference
+from torchtitan_lite.config.loading import Origin, load_traced
 from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve, uses_float8
 from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.environment import accelerators
-from torchtitan_lite.distributed.parallel_dims import ParallelDims
+from torchtitan_lite.distributed.parallel_dims import ParallelDims, fewest_ranks
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan, plan_pipeline
 from torchtitan_lite.distributed.plans import Keeps, ParallelPlan, Saving, keeps
 from torchtitan_lite.errors import UserError
@@ -37,7 +39,8 @@ from torchtitan_lite.strict_json import flat
 class JobPlan:
     """A recipe resolved for a world size. config holds no -1 that stands for something else any more.
 
-    parallel: where techniques attach to the model. pipeline: its stages; None without a pipeline.
+    parallel: where techniques attach to the model. pipeline: its stages; None without a pipeline. origin: the files it
+    comes from. filled: keys that the recipe leaves open, and the world size or another key fills.
     """
 
     recipe: Path
@@ -50,6 +53,8 @@ class JobPlan:
     parallel: ParallelPlan
     pipeline: PipelinePlan | None
     folder: Path
+    origin: Origin
+    filled: tuple[str, ...]
 
     @property
     def tokens_per_step(self) -> int:
@@ -126,7 +131,8 @@ class JobPlan:
 
 def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> JobPlan:
     """Load a recipe and resolve it for `world_size` ranks. Touches no file but recipes. Raises UserError."""
-    config = load_config(recipe, overrides)
+    asked, origin = load_traced(recipe, overrides)
+    config = asked
     dims = ParallelDims.from_config(config.parallelism, world_size)
     spec, args = find_model(config.model)
     folder = run_folder(config, recipe)
@@ -142,7 +148,26 @@ def plan_job(recipe: str | Path, overrides: Sequence[str], world_size: int) -> J
     for rule in RULES:
         rule(case)
     schedule = build_schedule(config.lr_scheduler, config.optimizer.lr)
-    return JobPlan(Path(recipe), config, dims, batch, schedule, spec, args, parallel, pipeline, folder)
+    differs = config_difference(asdict(asked), asdict(config))
+    filled = tuple(
+        f"{at}.{key}" for at, keys in differs.items() for key, (open_, _) in keys.items() if open_ in (-1, "")
+    )
+    return JobPlan(Path(recipe), config, dims, batch, schedule, spec, args, parallel, pipeline, folder, origin, filled)
+
+
+def plan_smallest(recipe: str | Path, overrides: Sequence[str] = ()) -> JobPlan:
+    """The plan for the fewest ranks that the degrees ask for. Raises UserError as plan_job.
+
+    Where FSDP takes the ranks that are left, and is refused for having none to shard over, for twice as many.
+    """
+    parallelism = load_config(recipe, overrides).parallelism
+    ranks = fewest_ranks(parallelism)
+    try:
+        return plan_job(recipe, overrides, ranks)
+    except UserError:
+        if parallelism.data_parallel_shard_degree != -1:
+            raise
+    return plan_job(recipe, overrides, 2 * ranks)
 
 
 def prepare_job(plan: JobPlan) -> Prepared:

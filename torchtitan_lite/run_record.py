@@ -23,8 +23,10 @@ _RECORDED = ("torch", "numpy", "sentencepiece", "safetensors")
 def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str) -> None:
     record = {
         "recipe": str(plan.recipe),
+        "extends": list(plan.origin.chain[1:]),
         "config": asdict(plan.config),
         "derived": dict(plan.derived()),
+        "filled": list(plan.filled),
         "mesh": {**plan.dims.degrees, "ep": plan.dims.ep},
         "world_size": plan.dims.world_size,
         "device": device_name,

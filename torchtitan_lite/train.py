@@ -51,6 +51,8 @@ def run(plan: JobPlan, rank: int) -> int:
     """Prepare, train, say where everything is; return the exit code."""
     if plan.config.metrics.disable_color_printing:
         without_colours()
+    if len(plan.origin.chain) > 1:
+        logger.info("recipe    %s", plan.origin)
     for what, value in plan.derived():
         logger.info("%-8s  %s", what, value)
     for warning in plan.warnings():

@@ -62,7 +62,7 @@ def markdown() -> str:
         ]
         for field in fields(cls):
             doc = field_docs()[cls.__name__, field.name].replace("|", "\\|")
-            lines.append(f"| `{field.name}` | {_type(field)} | `{_toml(default_of(field))}` | {doc} |")
+            lines.append(f"| `{field.name}` | {_type(field)} | `{toml_value(default_of(field))}` | {doc} |")
     return "\n".join(lines) + "\n"
 
 
@@ -90,15 +90,20 @@ def _type(field: "Field[Any]") -> str:
     return ", ".join([describe(field.type), *limits]).replace("|", "\\|")
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value as TOML writes it, on one line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)  # JSON's escapes are TOML's too
     if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
     if is_dataclass(value):
-        return "{ " + ", ".join(f"{field.name} = {_toml(getattr(value, field.name))}" for field in fields(value)) + " }"
+        return (
+            "{ "
+            + ", ".join(f"{field.name} = {toml_value(getattr(value, field.name))}" for field in fields(value))
+            + " }"
+        )
     return str(value)
 
 
@@ -110,6 +115,6 @@ def config_lines(config: schema.JobConfig) -> list[str]:
         lines += ["", f"[{name}]"] if lines else [f"[{name}]"]
         for key in fields(cls):
             value, default = getattr(section, key.name), default_of(key)
-            changed = "" if value == default else f"  # default {_toml(default)}"
-            lines.append(f"{key.name} = {_toml(value)}{changed}")
+            changed = "" if value == default else f"  # default {toml_value(default)}"
+            lines.append(f"{key.name} = {toml_value(value)}{changed}")
     return lines

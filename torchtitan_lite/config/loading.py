@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +16,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# What TorchTitan 0.2.2 has and this does not yet: its recipes get a plain answer, not the nearest other key.
-_NOT_YET_SECTIONS = {"profiling", "fault_tolerance", "experimental"}
-_NOT_YET_KEYS = {
-    "activation_checkpoint": "early_stop preserve_rng_state determinism_check debug visualize_memory_budget_pareto",
-    "checkpoint": "enable_first_step_checkpoint export_dtype initial_load_in_hf last_save_in_hf load_only",
-    "comm": "mode",
-    "job": "print_config save_config_file custom_config_module",
-    "metrics": "disable_color_printing enable_wandb save_for_all_ranks",
-    "model": "hf_assets_path print_after_conversion",
-    "parallelism": "enable_compiled_autograd",
-    "quantize": "grouped_mm linear.mx",
-    "training": "dtype gc_debug",
-    "validation": "dataset dataset_path seq_len",
-}
-# What TorchTitan 0.2.2 has and this does another way.
-_INSTEAD = {
-    "checkpoint.create_seed_checkpoint": "initial weights are the same on every mesh without one",
-    "parallelism.context_parallel_load_balancer": "allgather always balances its pieces of the sequence",
-    "parallelism.pipeline_parallel_first_stage_less_layers": "the automatic split weighs the embedding by its FLOPs",
-    "parallelism.pipeline_parallel_last_stage_less_layers": "the automatic split weighs norm and output by their FLOPs",
-}
+
+@dataclass(frozen=True)
+class Origin:
+    """chain: the recipe and what it extends, the recipe first. sources: of each key that is set, the file or the
+    override that has the last word."""
+
+    chain: tuple[str, ...]
+    sources: dict[str, str]
+
+    def __str__(self) -> str:
+        """`a.toml, extends base.toml`"""
+        return ", extends ".join(self.chain)
 
 
 def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -45,17 +36,37 @@ def load_config(recipe: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
     Later wins: defaults, then `extends`, then the recipe, then overrides from left to right.
     Raises UserError (file, key, mend) for whatever cannot be read or must not be.
     """
+    return load_traced(recipe, overrides)[0]
+
+
+def load_traced(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[JobConfig, Origin]:
+    """As load_config, and where each value comes from."""
     values: dict[str, Any] = {}
-    for path, table in _layers(user_path(str(recipe), "recipe")):
-        _take(table, JobConfig, "", str(path), values)
+    sources: dict[str, str] = {}
+    chain = _layers(user_path(str(recipe), "recipe"))
+    for path, table in chain:
+        taken: dict[str, Any] = {}
+        _take(table, JobConfig, "", str(path), taken)
+        values |= taken
+        sources |= dict.fromkeys(taken, str(path))
     for override in overrides:
         key, text = split_override(override)
         annotation = _annotation(key, f"--{key}")
         _take(_nest(key, _override_value(text, annotation)), JobConfig, "", "", values)
+        sources[key] = override
     config: JobConfig = _build(JobConfig, "", values)
     for rule in rules.RULES:
         rule(config)
-    return config
+    return config, Origin(tuple(str(path) for path, _ in reversed(chain)), sources)
+
+
+def refusal(key: str, value: Any) -> str | None:
+    """Why the schema does not take a value for one of its keys; None where it does."""
+    try:
+        _take(_nest(key, value), JobConfig, "", "", {})
+    except UserError as error:
+        return str(error).partition(": ")[2]
+    return None
 
 
 def split_override(argument: str) -> tuple[str, str]:
@@ -91,7 +102,8 @@ def _layers(recipe: Path) -> list[tuple[Path, dict[str, Any]]]:
         if path.resolve() in seen:
             raise UserError(f"{recipe}: extends itself through {path}; break the circle")
         seen.append(path.resolve())
-        table = _read_toml(path, recipe if path is not recipe else None)
+        by = f" (extended by {recipe})" if path is not recipe else ""
+        table = parse_toml(read_text(path, by), f"{path}{by}")
         parent = table.pop("extends", None)
         layers.insert(0, (path, table))
         if parent is None:
@@ -101,10 +113,10 @@ def _layers(recipe: Path) -> list[tuple[Path, dict[str, Any]]]:
         path = path.parent / user_path(parent, f"{path}: extends")
 
 
-def _read_toml(path: Path, extended_by: Path | None) -> dict[str, Any]:
-    by = f" (extended by {extended_by})" if extended_by else ""
+def read_text(path: Path, by: str = "") -> str:
+    """The text of a recipe. by: who asks for it, for messages. Raises UserError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         folder = path.parent
         names = [p.name for p in folder.glob("*.toml")] if folder.is_dir() else []
@@ -113,8 +125,14 @@ def _read_toml(path: Path, extended_by: Path | None) -> dict[str, Any]:
         raise UserError(f"{path}{by}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}{by}: is not UTF-8 text, so no TOML recipe") from None
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """Raises UserError with the line for a text that is no TOML."""
+    try:
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # TOMLDecodeError is one, and so is a number of 5,000 digits
-        raise UserError(f"{path}{by}: not valid TOML: {error}") from None
+        raise UserError(f"{source}: not valid TOML: {error}") from None
 
 
 def _take(table: dict[str, Any], schema: type, prefix: str, source: str, values: dict[str, Any]) -> None:
@@ -137,13 +155,14 @@ def _take(table: dict[str, Any], schema: type, prefix: str, source: str, values:
 
 
 def _unknown(name: str, prefix: str, siblings: list[str]) -> str:
-    section, _, key = name.partition(".")
-    if section in _NOT_YET_SECTIONS:
-        return f"section [{section}] is not built yet; remove it"
-    if key in _NOT_YET_KEYS.get(section, "").split():
-        return f"{name} is TorchTitan's and not built yet; remove it"
-    if name in _INSTEAD:
-        return f"{name} is TorchTitan's; here {_INSTEAD[name]}; remove it"
+    from torchtitan_lite.config.titan import TITAN, Dropped
+
+    if entry := TITAN.get(name):
+        told = f"here {entry.why}" if isinstance(entry, Dropped) else "not built yet"
+        return f"{name} is TorchTitan's; {told}; remove it, or try `torchtitan-lite config migrate`"
+    section = name if prefix else name.partition(".")[0]
+    if any(key.startswith(f"{section}.") for key in TITAN):
+        return f"section [{section}] is TorchTitan's; remove it, or try `torchtitan-lite config migrate`"
     return f"{'unknown key' if prefix else 'unknown section or key'} {name}{_hint(name, prefix, siblings)}"
 
 

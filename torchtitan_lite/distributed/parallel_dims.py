@@ -1,7 +1,7 @@
 """Degrees of parallelism as pure arithmetic: which axes the mesh has, how long each is. No torch."""
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 
 from torchtitan_lite.config.schema import Parallelism
 from torchtitan_lite.errors import UserError
@@ -96,8 +96,13 @@ class ParallelDims:
 
 
 def fewest_ranks(parallelism: Parallelism) -> int:
-    """The smallest world size that the degrees allow; -1 counts as 1."""
-    return prod(max(1, degree) for degree in _asked_for(parallelism).values())
+    """The smallest world size that the degrees allow; -1 counts as what experts need at least."""
+    degrees = _asked_for(parallelism)
+    if degrees["dp_shard"] == -1:
+        degrees["dp_shard"] = parallelism.expert_parallel_degree // gcd(
+            parallelism.expert_parallel_degree, parallelism.context_parallel_degree
+        )
+    return prod(degrees.values())
 
 
 def _asked_for(parallelism: Parallelism) -> dict[str, int]:
