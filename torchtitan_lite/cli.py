@@ -69,6 +69,31 @@ def _parser() -> _Parser:
     status.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several make a table")
     status.add_argument("--once", action="store_true", help="print it once, as where the output is no terminal")
     status.add_argument("--json", action="store_true", help="one JSON document on stdout, once")
+    compare = command(
+        commands, "compare", _compare, "run recipes in turns and say what differs, and by how much", "none"
+    )
+    compare.add_argument("sources", nargs="+", metavar="RECIPE_OR_RUN", help="TOML files, and folders of runs")
+    compare.add_argument("--out", default="outputs/compare", metavar="DIR", help="for runs and report; outputs/compare")
+    compare.add_argument("--steps", type=_positive, help="of each run; default: as its recipe says")
+    compare.add_argument("--nproc", type=_positive, help="ranks; default: as run_train.sh")
+    compare.add_argument("--repeats", type=_positive, default=5, help="runs of each recipe, with seeds in a row; 5")
+    compare.add_argument("--target-loss", type=float, metavar="X", help="also say what it takes to reach this loss")
+    compare.add_argument(
+        "--vary",
+        action="append",
+        default=[],
+        metavar="KEY=A,B",
+        help="compare values of a key of one recipe; repeatable",
+    )
+    compare.add_argument(
+        "--assert",
+        dest="conditions",
+        action="append",
+        default=[],
+        metavar="CONDITION",
+        help='exit 1 where it fails, as in "B.loss ≈ A.loss" or "B.tps >= 0.95 * A.tps"; repeatable',
+    )
+    compare.add_argument("--json", action="store_true", help="report.json on stdout too, the table on stderr")
     command(commands, "prepare", _prepare, "train the tokenizer and tokenise the corpus of a recipe, once")
     meet = command(
         commands, "rendezvous", _rendezvous, "serve the store that launchers of several nodes meet at", "none"
@@ -133,6 +158,24 @@ def _status(options: argparse.Namespace, _: list[str]) -> int:
     from torchtitan_lite import status
 
     return status.run(options.runs, as_json=options.json, once=options.once)
+
+
+def _compare(options: argparse.Namespace, _: list[str]) -> int:
+    from torchtitan_lite.compare.command import Asked, run
+
+    return run(
+        Asked(
+            options.sources,
+            options.out,
+            options.steps,
+            options.nproc,
+            options.repeats,
+            options.target_loss,
+            options.vary,
+            options.conditions,
+            options.json,
+        )
+    )
 
 
 def _rendezvous(options: argparse.Namespace, _: list[str]) -> int:

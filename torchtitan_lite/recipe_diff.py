@@ -9,7 +9,7 @@ from typing import Any
 from torchtitan_lite.config.difference import config_difference
 from torchtitan_lite.config.loading import load_traced, user_path
 from torchtitan_lite.errors import UserError
-from torchtitan_lite.preflight import plan_job
+from torchtitan_lite.preflight import JobPlan, plan_job
 from torchtitan_lite.strict_json import strict_dumps
 
 Pairs = dict[str, tuple[Any, Any]]
@@ -33,13 +33,13 @@ def run(a: str, b: str, world_size: int | None, *, as_json: bool) -> int:
     world_size: what recipes are resolved for; None: what the run beside them had, and not at all beside a recipe.
     """
     paths = user_path(a, "A"), user_path(b, "B")
-    runs = [_of_run(path) if _is_run(path) else None for path in paths]
+    runs = [of_run(path) if _is_run(path) else None for path in paths]
     ranks = world_size or next((side.world_size for side in runs if side), None)
     left, right = (side or _of_recipe(path, ranks) for side, path in zip(runs, paths, strict=True))
     for side in runs:
         if side and world_size not in (None, side.world_size):
             print(f"{side.name}: a run on {side.world_size} ranks, shown as it was", file=sys.stderr)
-    set_apart, derived = _parted(left, right)
+    set_apart, derived = parted(left, right)
     if as_json:
         sizes = [left.world_size, right.world_size]
         document = {"a": a, "b": b, "world_size": sizes, "config": set_apart, "derived": derived}
@@ -55,11 +55,11 @@ def lines(left: Side, right: Side, config: dict[str, Pairs], derived: Pairs) -> 
     for title, pairs in [*((f"[{section}]", pairs) for section, pairs in config.items()), ("derived", derived)]:
         if pairs:
             width = max(map(len, pairs))
-            found += ["", title, *(f"{key:<{width}}  {_shown(x)} -> {_shown(y)}" for key, (x, y) in pairs.items())]
+            found += ["", title, *(f"{key:<{width}}  {shown(x)} -> {shown(y)}" for key, (x, y) in pairs.items())]
     return found if len(found) > 2 else [*found, "", "no difference"]
 
 
-def _parted(left: Side, right: Side) -> tuple[dict[str, Pairs], Pairs]:
+def parted(left: Side, right: Side) -> tuple[dict[str, Pairs], Pairs]:
     """What differs in what was asked for, and in what followed on both sides."""
     config: dict[str, Pairs] = {}
     derived: Pairs = {}
@@ -83,7 +83,8 @@ def _is_run(path: Path) -> bool:
     return path.is_dir() or path.suffix == ".json"
 
 
-def _of_run(path: Path) -> Side:
+def of_run(path: Path) -> Side:
+    """The side of a run folder or its config.json. Raises UserError where there is none."""
     file = path / "config.json" if path.is_dir() else path
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
@@ -97,11 +98,15 @@ def _of_run(path: Path) -> Side:
         raise UserError(f"{file}: is not a config.json of ours; name a run folder or a recipe") from None
 
 
+def of_plan(plan: JobPlan, name: str) -> Side:
+    """The side of a recipe that is resolved for some ranks."""
+    return Side(name, _plain(asdict(plan.config)), dict(plan.derived()), plan.filled, plan.dims.world_size)
+
+
 def _of_recipe(path: Path, ranks: int | None) -> Side:
     if ranks is None:
         return Side(str(path), _plain(asdict(load_traced(path)[0])), {}, (), None)
-    plan = plan_job(path, (), ranks)
-    return Side(str(path), _plain(asdict(plan.config)), dict(plan.derived()), plan.filled, ranks)
+    return of_plan(plan_job(path, (), ranks), str(path))
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -113,5 +118,5 @@ def _headed(side: Side) -> str:
     return f"{side.name}, {side.world_size} ranks" if side.world_size else side.name
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     return "none" if value is None else json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value

@@ -31,7 +31,7 @@ def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str)
         "world_size": plan.dims.world_size,
         "device": device_name,
         "versions": _versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "identity": identity,
     }
     replace(plan.folder / "config.json", strict_dumps(record, indent=1))
@@ -82,7 +82,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this checkout, with `+` where files differ from it; None outside a checkout."""
     folder = Path(__file__).parent
     try:

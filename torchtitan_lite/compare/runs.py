@@ -1,0 +1,167 @@
+"""One finished run as its folder tells it: curves, times, and how it ended. No torch."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from torchtitan_lite.errors import UserError
+from torchtitan_lite.observability.run_view import FAILURES
+from torchtitan_lite.observability.sinks import read_lines
+from torchtitan_lite.recipe_diff import Side as Described
+from torchtitan_lite.recipe_diff import of_run
+
+MARK = "compare.json"  # in the folders of runs that a comparison has started
+
+_NEEDED = ("step", "loss", "grad_norm", "tokens_seen", "step_time_s", "data_time_s", "tps", "tflops", "memory_peak_gib")
+_WARM_UP = (1, 20)  # steps whose times do not count, at least and at most; a tenth of the run between
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has logged at least one step.
+
+    described: its config, as `config diff` takes it. identity: what samples and weights depend on. curve: by name the
+    logged values in the order of steps. rates: MFUs, None where the peak is unknown. flops_per_token: of the whole model. mark: what the
+    comparison that started it wrote down, {} for a run of its own.
+    """
+
+    folder: Path
+    described: Described
+    identity: Mapping[str, Any]
+    device: str
+    versions: Mapping[str, str]
+    finished: bool
+    told: str
+    curve: Mapping[str, list[float]]
+    rates: Sequence[float | None]
+    flops_per_token: float
+    validation_loss: float | None
+    compile_s: float | None
+    sent_gib: float | None
+    breakdown: Mapping[str, float] | None
+    mark: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int:
+        return int(self.described.config["debug"]["seed"])
+
+    @property
+    def ranks(self) -> int:
+        return int(self.described.world_size or 1)
+
+    @property
+    def tokens_per_step(self) -> int:
+        training = self.described.config["training"]
+        return int(training["global_batch_size"]) * int(training["seq_len"])
+
+    @property
+    def steps(self) -> list[int]:
+        return [int(step) for step in self.curve["step"]]
+
+    def steady(self, name: str) -> list[float]:
+        """Values after the first steps, which have caches to fill and pages to touch."""
+        steps = self.steps
+        after = min(_WARM_UP[1], max(_WARM_UP[0], steps[-1] // 10))
+        return [value for step, value in zip(steps, self.curve[name], strict=True) if step > after] or self.curve[name]
+
+    def step_time_s(self) -> float:
+        return median(self.steady("step_time_s"))
+
+    def tokens_per_s(self) -> float:
+        """Of all ranks."""
+        return self.tokens_per_step / self.step_time_s()
+
+    def mfu(self) -> float | None:
+        """None where the peak of the device is not known."""
+        known = [value for value in self.rates if value is not None]
+        return median(known) if known else None
+
+    def final_loss(self) -> float:
+        """The mean of the last tenth of the run, of five values at least."""
+        return fmean(tail(self.curve["loss"]))
+
+
+def tail(values: Sequence[float]) -> Sequence[float]:
+    return values[-max(5, len(values) // 10) :]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError where there is no run, where nothing is logged, and for lines of another version."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run; name a run folder (job.dump_folder), or a recipe ending in .toml")
+    described, record = of_run(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    lines = _counting(read_lines(folder / "metrics.jsonl"), folder / "metrics.jsonl")
+    if not lines:
+        raise UserError(f"{folder}: no step is logged in metrics.jsonl; let it train first")
+    events = read_lines(folder / "events.jsonl")
+    finished, told = _ended(events, int(lines[-1]["step"]), int(described.config["training"]["steps"]))
+    last = {str(event.get("event")): event for event in events}
+    rates = [line["tflops"] * 1e12 / line["tps"] for line in lines if line["tps"] > 0]
+    return Run(
+        folder=folder,
+        described=described,
+        identity=record.get("identity", {}),
+        device=str(record.get("device", "unknown")),
+        versions=record.get("versions", {}),
+        finished=finished,
+        told=told,
+        curve={name: [line[name] for line in lines] for name in _NEEDED},
+        rates=[_number(line["mfu"]) for line in lines],
+        flops_per_token=median(rates) if rates else math.nan,
+        validation_loss=_number(last.get("validation", {}).get("loss")),
+        compile_s=_number(last.get("compiled", {}).get("seconds")),
+        sent_gib=_number(last.get("traffic", {}).get("sent_gib")),
+        breakdown=last.get("profile", {}).get("step_breakdown"),
+        mark=read_mark(folder) or {},
+    )
+
+
+def read_mark(folder: Path) -> dict[str, Any] | None:
+    """What a comparison wrote into the folder of a run that it started; None where it did not."""
+    try:
+        return dict(json.loads((folder / MARK).read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{folder / MARK}: cannot be read as a comparison wrote it; remove the folder") from None
+
+
+def _counting(lines: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The last line of each step, as numbers; what was superseded by a resume is left out."""
+    kept: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = {"mfu": line["mfu"], **{name: float(line[name]) for name in _NEEDED}}
+        except (KeyError, TypeError, ValueError):
+            lacking = [name for name in _NEEDED if _number(line.get(name)) is None] or ["mfu"]
+            raise UserError(
+                f"{path}, line {number}: no number for {', '.join(lacking)}; it is not of this version"
+            ) from None
+        while kept and kept[-1]["step"] >= record["step"]:
+            kept.pop()
+        kept.append(record)
+    return kept
+
+
+def _ended(events: Sequence[Mapping[str, Any]], step: int, steps: int) -> tuple[bool, str]:
+    """Whether the run came to its end, and what is to be said where it did not."""
+    for event in reversed(events):
+        name = event.get("event")
+        if name == "end":
+            return True, ""
+        if name in ("start", "preemption", *FAILURES):
+            how = "no end is recorded" if name == "start" else str(name)
+            return False, f"cut short at step {step} of {steps}: {how}"
+    return step >= steps, "" if step >= steps else f"cut short at step {step} of {steps}: no end is recorded"
+
+
+def _number(value: Any) -> float | None:
+    """Those that are not finite are written as strings."""
+    try:
+        return None if value is None or isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
