@@ -25,8 +25,8 @@ class Run:
     """A run that has logged at least one step.
 
     described: its config, as `config diff` takes it. identity: what samples and weights depend on. curve: by name the
-    logged values in the order of steps. rates: MFUs, None where the peak is unknown. flops_per_token: of the whole model. mark: what the
-    comparison that started it wrote down, {} for a run of its own.
+    logged values in the order of steps. rates: MFUs, None where the peak is unknown. flops_per_token: of the whole
+    model. mark: what the comparison that started it wrote down, {} for a run of its own.
     """
 
     folder: Path

@@ -124,8 +124,8 @@ def _require_repeats(folder: Path, runs: Sequence[Run]) -> None:
         keys = [f"{section}.{key}" for section, pairs in differing.items() for key in pairs]
         if others := [key for key in keys if key not in OWN]:
             raise UserError(
-                f"{folder}: {runs[0].folder.name} and {run.folder.name} differ in {', '.join(others[:3])}, so they are no "
-                "repeats of one recipe; name the run folders one by one"
+                f"{folder}: {runs[0].folder.name} and {run.folder.name} differ in {', '.join(others[:3])}, so they "
+                "are no repeats of one recipe; name the run folders one by one"
             )
 
 

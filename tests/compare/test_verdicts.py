@@ -1,0 +1,231 @@
+"""Verdicts on pairs whose answer is known."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.compare.folders import write_run
+from torchtitan_lite.compare.document import document
+from torchtitan_lite.compare.sides import Source, gather
+from torchtitan_lite.compare.statistics import block_bootstrap, paired_interval, unpaired_interval
+
+FULL = "--activation_checkpoint.mode=full"
+
+
+def write_side(folder: Path, *overrides: str, repeats: int = 5, **made: Any) -> str:
+    for repeat in range(repeats):
+        write_run(folder / f"repeat-{repeat}", *overrides, seed=42 + repeat, **made)
+    return str(folder)
+
+
+def compared(*sources: str, **asked: Any) -> dict[str, Any]:
+    sides, failed = gather([Source(source) for source in sources], 2, None)
+    return document(sides, failed, [], [], {"steps": None, "repeats": None, "target_loss": None, **asked})
+
+
+def pair_of(*sources: str) -> dict[str, Any]:
+    return dict(compared(*sources)["pairs"][0])
+
+
+def test_identical_recipes_differ_in_at_most_one_of_twenty_comparisons(tmp_path: Path) -> None:
+    noise, shown = random.Random(7), []
+    for number in range(20):
+        a, b = (write_side(tmp_path / f"{name}{number}", noise=noise) for name in "ab")
+        pair = pair_of(a, b)
+        assert (pair["loss"]["verdict"], pair["loss"]["gap"], pair["loss"]["envelope"]) == ("equal", 0.0, 0.0)
+        shown.append(pair["speed"]["verdict"] == "no difference shown")
+        assert pair["config_diff"] == {}
+    assert sum(shown) >= 19
+
+
+def test_five_percent_slower_is_found_with_enough_repeats(tmp_path: Path) -> None:
+    noise = random.Random(3)
+    for number in range(10):
+        a = write_side(tmp_path / f"a{number}", noise=noise, repeats=8)
+        b = write_side(tmp_path / f"b{number}", noise=noise, repeats=8, step_time_s=0.42)
+        speed = pair_of(a, b)["speed"]
+        assert speed["verdict"] == "slower"
+        low, high = speed["interval"]
+        assert low < speed["ratio"] < high < 1
+
+
+def test_one_run_a_side_does_not_show_five_percent(tmp_path: Path) -> None:
+    noise = random.Random(3)
+    a, b = (str(write_run(tmp_path / name, noise=noise, step_time_s=time)) for name, time in (("a", 0.4), ("b", 0.42)))
+    speed = pair_of(a, b)["speed"]
+    assert speed["verdict"] == "no difference shown"
+    assert "one run a side" in speed["told"]
+    slow = str(write_run(tmp_path / "slow", noise=noise, step_time_s=0.6))
+    assert pair_of(a, slow)["speed"]["verdict"] == "slower"
+
+
+def test_checkpointing_is_equal_slower_and_smaller(tmp_path: Path) -> None:
+    noise = random.Random(1)
+    a = write_side(tmp_path / "a", noise=noise)
+    b = write_side(tmp_path / "b", FULL, noise=noise, step_time_s=0.5, memory_gib=0.45)
+    pair = pair_of(a, b)
+    assert pair["loss"]["verdict"] == "equal"
+    assert pair["loss"]["envelope"] == 0.0
+    assert pair["speed"]["verdict"] == "slower"
+    assert pair["memory"] == {"a_gib": 0.6, "b_gib": 0.45, "ratio": 0.75}
+    assert pair["config_diff"] == {"activation_checkpoint": {"mode": ("none", "full")}}
+
+
+def test_checkpointing_that_moves_a_bit_is_different(tmp_path: Path) -> None:
+    a, b = write_side(tmp_path / "a"), write_side(tmp_path / "b", FULL, wiggle=1e-15)
+    assert pair_of(a, b)["loss"]["verdict"] == "different"
+
+
+@pytest.mark.parametrize(("wiggle", "verdict"), [(1e-6, "equal"), (3e-5, "different")])
+def test_meshes_are_held_to_the_envelope_of_rounding(tmp_path: Path, wiggle: float, verdict: str) -> None:
+    a = write_side(tmp_path / "a", repeats=2)
+    b = write_side(tmp_path / "b", "--parallelism.tensor_parallel_degree=2", repeats=2, wiggle=wiggle)
+    loss = pair_of(a, b)["loss"]
+    assert loss["verdict"] == verdict
+    assert (abs(loss["gap"]) <= loss["envelope"]) == (verdict == "equal")
+    assert loss["interval"] is None
+    assert len(loss["steps"]) == len(loss["gaps"]) == 80
+
+
+def test_other_numbers_of_ranks_are_held_to_the_envelope_too(tmp_path: Path) -> None:
+    a, b = write_side(tmp_path / "a", repeats=1, ranks=1), write_side(tmp_path / "b", repeats=1, ranks=2, wiggle=1e-7)
+    pair = pair_of(a, b)
+    assert pair["loss"]["verdict"] == "equal"
+    assert pair["derived_diff"]["world_size"] == (1, 2)
+
+
+def test_a_wrong_learning_rate_is_different(tmp_path: Path) -> None:
+    a, b = write_side(tmp_path / "a"), write_side(tmp_path / "b", "--optimizer.lr=1.0", loss=6.0)
+    loss = pair_of(a, b)["loss"]
+    assert loss["verdict"] == "different"
+    assert loss["envelope"] is None
+    assert 1.8 < loss["gap"] < 2.2
+    assert "optimizer.lr" in loss["told"]
+
+
+def test_a_learning_rate_that_does_nothing_shows_nothing(tmp_path: Path) -> None:
+    a, b = write_side(tmp_path / "a"), write_side(tmp_path / "b", "--optimizer.lr=0.0031", wiggle=1e-5)
+    other = write_side(tmp_path / "c", "--optimizer.lr=0.0031", wiggle=1e-3)
+    assert abs(pair_of(a, b)["loss"]["gap"]) < 1e-3
+    assert pair_of(a, other)["loss"]["verdict"] == "different"  # the same in all five pairs
+
+
+def test_a_loss_that_is_no_number_is_different(tmp_path: Path) -> None:
+    a = write_side(tmp_path / "a", repeats=2)
+    b = write_side(tmp_path / "b", "--optimizer.lr=9.0", repeats=2, loss=float("nan"))
+    loss = pair_of(a, b)["loss"]
+    assert (loss["verdict"], loss["gap"]) == ("different", None)
+    assert "loss of B is not finite" in loss["told"]
+
+
+def test_runs_of_other_data_get_no_verdict_on_loss(tmp_path: Path) -> None:
+    a, b = write_side(tmp_path / "a"), write_side(tmp_path / "b", data="another")
+    pair = pair_of(a, b)
+    assert pair["loss"]["verdict"] == "not comparable"
+    assert not pair["comparable"]["data"]
+    assert "the data is another" in pair["words"]
+    assert pair["speed"]["verdict"] == "no difference shown"
+
+
+def test_another_batch_is_compared_at_equal_tokens(tmp_path: Path) -> None:
+    a = write_side(tmp_path / "a", repeats=2)
+    b = write_side(tmp_path / "b", "--training.global_batch_size=16", repeats=2)
+    pair = pair_of(a, b)
+    assert pair["along"] == "tokens"
+    equal = pair["loss"]["at_equal"]["tokens"]
+    assert equal["spent"] == 80 * 2048
+    assert equal["b"] - equal["a"] == pytest.approx(pair["loss"]["gap"])
+    assert pair["loss"]["gap"] > 0.1  # B is in the middle of its run there
+
+
+def test_target_loss_tells_what_it_takes(tmp_path: Path) -> None:
+    a, b = write_side(tmp_path / "a"), write_side(tmp_path / "b", step_time_s=0.8)
+    record = compared(a, b, target_loss=5.0)
+    target = record["sides"][0]["summary"]["target"]
+    assert target["reached"] == 5
+    assert target["seconds"] == pytest.approx(0.4 * target["step"])
+    assert record["pairs"][0]["target"] == pytest.approx({"step": 1.0, "tokens": 1.0, "seconds": 2.0})
+    assert compared(a, b, target_loss=1.0)["sides"][0]["summary"]["target"]["step"] is None
+
+
+def test_a_run_that_crashed_halfway_is_named_and_counts_as_far_as_it_goes(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", steps=80, end=False)
+    lines = (b / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (b / "metrics.jsonl").write_text("".join(lines[:40]) + lines[40][:20])
+    record = compared(str(a), str(b))
+    assert record["sides"][1]["runs"][0]["state"] == "cut short"
+    assert "cut short at step 40 of 80" in record["words"]
+    assert record["pairs"][0]["loss"]["verdict"] == "equal"
+    assert record["pairs"][0]["loss"]["steps"] == list(range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ("missing", "no such run"),
+        ("metrics", "memory_peak_gib; it is not of this version"),
+        ("config", "is not a config.json of ours"),
+        ("empty", "no step is logged"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_the_others_go_on(tmp_path: Path, broken: str, told: str) -> None:
+    a, b = str(write_run(tmp_path / "a")), str(write_run(tmp_path / "b"))
+    bad = tmp_path / "bad"
+    if broken != "missing":
+        write_run(bad)
+    if broken == "metrics":
+        (bad / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    elif broken == "config":
+        (bad / "config.json").write_text('{"model": 1}')
+    elif broken == "empty":
+        (bad / "metrics.jsonl").write_text("")
+    record = compared(a, str(bad), b)
+    assert [side["name"] for side in record["sides"]] == ["A", "B"]
+    assert record["sides"][1]["source"] == b
+    assert told in record["failed"][0]["told"]
+    assert str(bad) in record["words"]
+    json.dumps(record)
+
+
+def test_a_folder_of_runs_of_several_recipes_is_no_side(tmp_path: Path) -> None:
+    write_run(tmp_path / "both" / "x")
+    write_run(tmp_path / "both" / "y", "--optimizer.lr=1.0", seed=43)
+    _, failed = gather([Source(str(tmp_path / "both"))], 2, None)
+    assert "x and y differ in optimizer.lr" in failed[0][1]
+
+
+def test_lines_that_a_resume_superseded_are_left_out(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    lines = (b / "metrics.jsonl").read_text().splitlines(keepends=True)
+    wrong = json.dumps({**json.loads(lines[50]), "loss": 99.0}) + "\n"
+    (b / "metrics.jsonl").write_text("".join([*lines[:50], wrong, *lines[40:]]))
+    assert pair_of(str(a), str(b))["loss"]["verdict"] == "equal"
+
+
+def test_intervals() -> None:
+    interval = paired_interval([1.0, 2.0, 3.0])
+    assert interval.middle == 2.0
+    assert interval.high - 2.0 == pytest.approx(9.925 / 3**0.5)
+    assert not paired_interval([5.0]).excludes(0.0)
+    welch = unpaired_interval([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    assert (welch.middle, welch.high - 3.0) == (3.0, pytest.approx(4.604 * (2 / 3) ** 0.5))
+    noise = random.Random(0)
+    around = block_bootstrap([noise.gauss(1.0, 0.1) for _ in range(3000)])
+    assert around.low < 1.0 < around.high
+    assert around.high - around.low < 0.03
+
+
+def test_the_paired_interval_covers_as_often_as_it_says() -> None:
+    noise = random.Random(5)
+    missed = sum(paired_interval([noise.gauss(0.0, 1.0) for _ in range(5)]).excludes(0.0) for _ in range(2000))
+    assert 5 <= missed <= 40  # 20 of 2,000 are expected
+
+
+def test_gather_refuses_nothing_silently(tmp_path: Path) -> None:
+    sides, failed = gather([Source("train_configs/no_such.toml"), Source(str(write_run(tmp_path / "a")))], 2, None)
+    assert [side.name for side in sides] == ["A"]
+    assert "no such recipe" in failed[0][1]
+    assert "no such run" in gather([Source("nowhere")], 2, None)[1][0][1]
