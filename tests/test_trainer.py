@@ -10,7 +10,7 @@ import torch
 
 from tests.checkpoint.reading import whole_tensors
 from tests.ranks import RankPool
-from tests.tiny import write_recipe
+from tests.tiny import TINY, write_recipe
 from torchtitan_lite.checkpoint import storage
 from torchtitan_lite.observability.sinks import read_lines
 
@@ -144,7 +144,12 @@ def test_the_run_folder_keeps_its_contract(pool: RankPool, recipe: Path, tmp_pat
     assert record["mesh"]["dp_shard"] == 2
     assert {"versions", "commit", "identity", "derived"} <= set(record)
     events = read_lines(folder / "events.jsonl")
-    assert [event["event"] for event in events] == ["start", "end"]
+    assert [event["event"] for event in events] == ["start", "traffic", "end"]
+    # Each rank sends the half of the gradients that is not its own, and gathers parameters once or twice.
+    sent = {kind: gib * 2**30 for kind, gib in events[1]["by_kind"].items()}
+    half = 4 * TINY.parameter_count() / 2
+    assert sent["all_to_all"] == pytest.approx(half, rel=0.01)
+    assert half <= sent["all_gather"] <= 2.01 * half
     assert all({"time", "step", "attempt"} <= set(event) for event in events)
     assert list((folder / "tb").glob("events.out.tfevents.*"))
 

@@ -24,6 +24,7 @@ from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed import runtime
 from torchtitan_lite.distributed.compile import compiled_so_far
 from torchtitan_lite.distributed.mesh import axis, build_mesh
+from torchtitan_lite.distributed.sent import sent_since
 from torchtitan_lite.elastic.agreement import Agreed, agree
 from torchtitan_lite.elastic.faults import Guard, Skipped, pass_over, step_unless, why_stop
 from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSignals, may_restart
@@ -125,6 +126,7 @@ class Trainer:
         while (step := self.progress.step + 1) <= last:
             at_step(step, last)
             self.watchdog.begin(step)
+            began_ns = time.time_ns()
             result = self.step(self._next_batches(step))
             if step == first:
                 # Until here a Ctrl-C ends the rank at once: there is nothing to save yet, and much to compile.
@@ -132,6 +134,8 @@ class Trainer:
             agreed = self._agree()
             if logged := step in (first, last) or bool(agreed.stop) or step % config.metrics.log_freq == 0:
                 self._report(result, tensorboard)
+            if step == first + 1:
+                self._tell_traffic(began_ns)
             if step == first:
                 if config.compile.enable:
                     self._tell_compiled()
@@ -188,6 +192,12 @@ class Trainer:
         )
         section = self.config.activation_checkpoint
         logger.info(model_table.told(self.model.parts, plan.parallel, section, stages, of))
+
+    def _tell_traffic(self, began_ns: int) -> None:
+        """Record what the first rank sent in a step that is like those to come."""
+        whole = self.stages is None or self.here.device.type == "cuda"  # gloo does not record what stages send
+        if self.log.writes and whole and (sent := sent_since(began_ns)):
+            self.log.event("traffic", self.progress.step, **sent)
 
     def _tell_compiled(self) -> None:
         told = compiled_so_far()
