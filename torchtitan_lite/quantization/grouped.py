@@ -47,7 +47,7 @@ def apply_grouped_float8(model: nn.Module, section: GroupedFloat8, device: torch
             _require_shapes(name, experts)
         experts.swiglu = EmulatedSwiGLU() if scaled is None else ScaledSwiGLU(scaled)
     if named:  # a stage of a pipeline may have none
-        told = f"; not {names_as_patterns(left)}: not in {_KEY}.fqns" if left else ""
+        told = f"; not {', '.join(left)}: not in {_KEY}.fqns" if left else ""
         how = "emulated, " if section.emulate else ""
         logger.info(
             "float8    rowwise, %sproducts of %d layers of experts: %s%s",
