@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,6 +171,77 @@ def test_padding_changes_nothing(tail: int) -> None:
         assert _error(padded, plain.double()) < 1e-5
 
 
+def _scaled_grouped_mm(
+    a: Tensor, b: Tensor, a_scales: Tensor, b_scales: Tensor, ends: Tensor, **settings: Any
+) -> Tensor:
+    """torch's, which is there on CUDA alone: its checks of shapes and strides, and its product from rounded numbers."""
+    metas = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (a, b, a_scales, b_scales)]
+    shape = torch._scaled_grouped_mm(*metas, ends.to("meta"), **settings).shape
+    if b.dim() == 3:
+        a_scales, b_scales = a_scales[:, None], b_scales[:, None]
+    else:  # a scale for each row and group
+        sizes = torch.cat((ends, ends.new_tensor([len(b)]))).diff(prepend=ends.new_zeros(1))
+        a_scales, b_scales = (
+            F.pad(scales.view(len(ends), -1), (0, 0, 0, 1)).repeat_interleave(sizes, 0)
+            for scales in (a_scales, b_scales)
+        )
+        a_scales = a_scales.t()
+    out = F.grouped_mm(*(x.to(settings["out_dtype"]) for x in (a.float() * a_scales, b.float() * b_scales)), offs=ends)
+    assert out.shape == shape
+    return out
+
+
+def _torchao(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """torchao's grouped products with its own references in the place of kernels that need CUDA."""
+    from torchao.float8.config import ScalingGranularity
+    from torchao.float8.float8_utils import tensor_to_scale, to_fp8_saturated
+    from torchao.prototype.moe_training import fp8_grouped_mm, utils
+
+    def along(dim: int) -> Any:
+        def cast(x: Tensor, output_dtype: torch.dtype, round_scales_to_power_of_2: bool) -> tuple[Tensor, Tensor]:
+            scale = tensor_to_scale(
+                x,
+                output_dtype,
+                scaling_granularity=ScalingGranularity.AXISWISE,
+                axiswise_dim=dim,
+                round_scales_to_power_of_2=round_scales_to_power_of_2,
+            )
+            return to_fp8_saturated(x.float() * scale, output_dtype), scale
+
+        return cast
+
+    def transposed(x: Tensor, output_dtype: torch.dtype, **kinds: bool) -> tuple[Tensor, Tensor]:
+        return utils.torch_to_3d_rowwise_float8_transpose_rhs(x, output_dtype, **kinds)
+
+    def dual(a: Tensor, b: Tensor, *settings: Any, **kinds: bool) -> tuple[Tensor, ...]:
+        return tuple(
+            made.t().contiguous().t() if made.dim() == 2 else made  # in columns
+            for each in (a, b)
+            for made in utils.torch_to_float8_per_group_colwise(each.t().contiguous().t(), *settings, **kinds)
+        )
+
+    for name, stand_in in (
+        ("rowwise_2d_scale_and_cast", along(-1)),
+        ("colwise_3d_scale_and_cast", along(-2)),
+        ("rowwise_3d_transpose_rhs", transposed),
+        ("per_group_colwise_scales_dual", dual),
+    ):
+        monkeypatch.setattr(fp8_grouped_mm, f"triton_fp8_{name}", stand_in)
+    torch_there = SimpleNamespace(**{**vars(torch), "_scaled_grouped_mm": _scaled_grouped_mm})
+    monkeypatch.setattr(fp8_grouped_mm, "torch", torch_there)
+    return fp8_grouped_mm._to_fp8_rowwise_then_scaled_grouped_mm
+
+
+@pytest.mark.parametrize("tail", [0, TAIL])
+def test_emulation_is_torchaos_products(tail: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    swiglu = ScaledSwiGLU(_torchao(monkeypatch))
+    with _nothing_in_the_tail():
+        found = _computed(swiglu, _inputs(tail, torch.bfloat16), _ends())
+    expected = _computed(EmulatedSwiGLU(), _inputs(tail, torch.bfloat16), _ends())
+    for theirs, ours in zip(found, expected, strict=True):
+        assert (theirs - ours).norm() < 1e-3 * ours.norm()
+
+
 @pytest.mark.parametrize(
     "sizes", [[0, 0, 0], [16, 32, 16], [1, 1, 1], [17, 0, 15], [15, 16, 17], [47]], ids=lambda sizes: str(sizes)
 )
@@ -246,10 +318,11 @@ def _on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> torch.d
 
 
 def test_hardware_without_such_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        UserError, match=r"L40 has no grouped products .* 9\.0 .* set quantize\.grouped_mm\.float8\.emu"
-    ):
-        apply_grouped_float8(_meta(), GroupedFloat8(EXPERTS), _on(monkeypatch, (8, 9)))
+    for capability in ((8, 9), (12, 0)):
+        with pytest.raises(
+            UserError, match=r"L40 has no grouped products .* 9\.0 or 10\.0.; set quantize\.grouped_mm\."
+        ):
+            apply_grouped_float8(_meta(), GroupedFloat8(EXPERTS), _on(monkeypatch, capability))
     with pytest.raises(UserError, match=r"no such products on CPU; set quantize\.grouped_mm\.float8\.emulate = true"):
         apply_grouped_float8(_meta(), GroupedFloat8(EXPERTS), CPU)
 

@@ -27,6 +27,7 @@ from torchtitan_lite.quantization.float8 import names_as_patterns
 logger = logging.getLogger("torchtitan_lite")
 
 _MULTIPLE = 16  # of which an expert's rows, and widths, must be, for the hardware
+_CAPABILITIES = ((9, 0), (10, 0))  # torch's products are for these, and not for what is above
 _TYPE = torch.float8_e4m3fn
 _LARGEST = torch.finfo(_TYPE).max
 _LEAST = 1e-12  # of the largest number of a vector: without one its scale would be infinite
@@ -189,10 +190,10 @@ def _experts_of(rows: int, ends_E: Tensor) -> Tensor:
 def _scaled_products(device: torch.device) -> Scaled:
     if device.type != "cuda":
         raise UserError(f"{_KEY}: there are no such products on {device.type.upper()}; set {_KEY}.emulate = true")
-    if torch.cuda.get_device_capability(device) < (9, 0):
+    if torch.cuda.get_device_capability(device) not in _CAPABILITIES:
         raise UserError(
             f"{_KEY}: {torch.cuda.get_device_name(device)} has no grouped products in float8 (compute capability 9.0 "
-            f"or more); set {_KEY}.emulate = true, or take it out of model.converters"
+            f"or 10.0); set {_KEY}.emulate = true, or take it out of model.converters"
         )
     takes: Mapping[str, Any]
     try:
