@@ -9,7 +9,7 @@ from math import ceil, floor, gcd, lcm, log10
 from operator import attrgetter
 from typing import Any
 
-from torchtitan_lite.config.resolution import uses_float8
+from torchtitan_lite.config.resolution import uses_float8, uses_grouped_float8
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
@@ -185,6 +185,13 @@ def float8_gathers_need_shards(case: Case) -> None:
         )
 
 
+def float8_of_experts_needs_experts(case: Case) -> None:
+    if uses_grouped_float8(case.config) and case.plan.experts is None:
+        raise UserError(
+            f'model.converters: {case.model} has no experts for "quantize.grouped_mm.float8"; take it out of the list'
+        )
+
+
 def reshard_needs_shards(case: Case) -> None:
     policy = case.config.parallelism.fsdp_reshard_after_forward
     shards = case.dims.dp_shard * case.dims.cp
@@ -213,6 +220,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     checkpointing_needs_blocks,
     chunked_loss_needs_a_head,
     float8_gathers_need_shards,
+    float8_of_experts_needs_experts,
     reshard_needs_shards,
 )
 
@@ -272,6 +280,13 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
                 uses_float8(config),
                 'without "quantize.linear.float8" in model.converters',
                 " ".join(vars(config.quantize.linear.float8)),
+            ),
+        ),
+        "quantize.grouped_mm.float8": (
+            (
+                uses_grouped_float8(config),
+                'without "quantize.grouped_mm.float8" in model.converters',
+                " ".join(vars(config.quantize.grouped_mm.float8)),
             ),
         ),
         "moe": (

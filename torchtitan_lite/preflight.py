@@ -19,7 +19,7 @@ from torchtitan_lite.checkpoint.storage import find_checkpoint, published_steps,
 from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.difference import config_difference
 from torchtitan_lite.config.loading import Origin, load_traced
-from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve, uses_float8
+from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve, uses_float8, uses_grouped_float8
 from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.environment import accelerators
@@ -174,6 +174,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
     config = plan.config
     _async_tensor_parallel_needs_accelerators(config)
+    _float8_of_experts_needs_accelerators(config)
     _torchao_is_there(config)
     folders = (config.checkpoint.folder, config.metrics.save_tb_folder, config.comm.save_traces_folder)
     _make_writable(plan.folder, folders)
@@ -246,9 +247,20 @@ def _async_tensor_parallel_needs_accelerators(config: JobConfig) -> None:
         )
 
 
+def _float8_of_experts_needs_accelerators(config: JobConfig) -> None:
+    if uses_grouped_float8(config) and not config.quantize.grouped_mm.float8.emulate and not accelerators():
+        raise UserError(
+            'model.converters = ["quantize.grouped_mm.float8"] needs CUDA, and this machine has no accelerator; set '
+            "quantize.grouped_mm.float8.emulate = true, or take it out"
+        )
+
+
 def _torchao_is_there(config: JobConfig) -> None:
     asked = {
         'model.converters = ["quantize.linear.float8"]': uses_float8(config),
+        'model.converters = ["quantize.grouped_mm.float8"]': (
+            uses_grouped_float8(config) and not config.quantize.grouped_mm.float8.emulate
+        ),
         'optimizer.state_dtype = "int8"': config.optimizer.state_dtype == "int8",
     }
     for setting, needed in asked.items():

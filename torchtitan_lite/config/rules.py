@@ -240,6 +240,23 @@ def float8_gathers_are_tensorwise(config: JobConfig) -> None:
         )
 
 
+def float8_of_experts_names_some(config: JobConfig) -> None:
+    if "quantize.grouped_mm.float8" in config.model.converters and not config.quantize.grouped_mm.float8.fqns:
+        raise UserError(
+            "quantize.grouped_mm.float8.fqns = []: names no experts whose products are to be in float8; set it to "
+            '["experts"] for all of them'
+        )
+
+
+def float8_of_experts_gives_bfloat16(config: JobConfig) -> None:
+    precision, emulated = config.training.mixed_precision_param, config.quantize.grouped_mm.float8.emulate
+    if "quantize.grouped_mm.float8" in config.model.converters and not emulated and precision != "bfloat16":
+        raise UserError(
+            f'training.mixed_precision_param = "{precision}": products of experts in float8 give bfloat16; set it to '
+            '"bfloat16", or quantize.grouped_mm.float8.emulate = true'
+        )
+
+
 def converters_are_named_once(config: JobConfig) -> None:
     converters = config.model.converters
     if len(set(converters)) < len(converters):
@@ -291,6 +308,8 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     compile_has_components,
     memory_budget_is_the_compilers,
     float8_gathers_are_tensorwise,
+    float8_of_experts_names_some,
+    float8_of_experts_gives_bfloat16,
     converters_are_named_once,
     parameter_groups_have_patterns,
     states_in_bfloat16_forget_in_time,

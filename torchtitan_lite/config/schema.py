@@ -44,7 +44,7 @@ class Model:
     spec: str = ""
     """Import path `package.module:SPEC` of a ModelSpec from outside; takes the place of `name`."""
 
-    converters: list[Literal["quantize.linear.float8"]] = field(default_factory=list)
+    converters: list[Literal["quantize.linear.float8", "quantize.grouped_mm.float8"]] = field(default_factory=list)
     """What the model is changed by before it is spread over ranks: names of sections."""
 
     tokenizer_path: str = ""

@@ -51,8 +51,8 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(({_OUR_VIEWS})\) returned a view tensor")
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name not in left)
     done = [name for name, module in model.named_modules() if _is_float8(module)]
-    reasons = "".join(f"; not {_grouped(names)}: {reason}" for reason, names in _by_reason(left).items())
-    logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), _grouped(done), reasons)
+    reasons = "".join(f"; not {names_as_patterns(names)}: {reason}" for reason, names in _by_reason(left).items())
+    logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), names_as_patterns(done), reasons)
 
 
 def float8_gathers(
@@ -159,6 +159,6 @@ def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
     return reasons
 
 
-def _grouped(names: list[str]) -> str:
+def names_as_patterns(names: Iterable[str]) -> str:
     """Blocks' layers under one name."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
