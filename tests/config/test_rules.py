@@ -24,17 +24,22 @@ from torchtitan_lite.config.schema import (
     Training,
     Validation,
 )
-from torchtitan_lite.config.techniques import Float8, LinearLayers, Quantize
+from torchtitan_lite.config.techniques import Float8, GroupedFloat8, GroupedProducts, LinearLayers, Quantize
 from torchtitan_lite.errors import UserError
 
 Rule = Callable[[JobConfig], None]
 
 _ASYNC = Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)
 _MIXTURE = Training(dataset="mixture")
+_EXPERTS = Model(converters=["quantize.grouped_mm.float8"])
 
 
 def _float8(**keys: Any) -> Quantize:
     return Quantize(LinearLayers(Float8(**keys)))
+
+
+def _grouped_float8(**keys: Any) -> Quantize:
+    return Quantize(grouped_mm=GroupedProducts(GroupedFloat8(**keys)))
 
 
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
@@ -221,6 +226,20 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
 
 REFUSED += [
     (
+        rules.float8_of_experts_names_some,
+        JobConfig(model=_EXPERTS, quantize=_grouped_float8(emulate=True)),
+        "quantize.grouped_mm.float8.fqns = []: names no experts",
+    ),
+    (
+        rules.float8_of_experts_gives_bfloat16,
+        JobConfig(
+            model=_EXPERTS,
+            training=Training(mixed_precision_param="float32"),
+            quantize=_grouped_float8(fqns=["experts"]),
+        ),
+        'training.mixed_precision_param = "float32": products of experts in float8 give bfloat16',
+    ),
+    (
         rules.float8_gathers_are_tensorwise,
         JobConfig(quantize=_float8(recipe_name="rowwise", enable_fsdp_float8_all_gather=True)),
         'quantize.linear.float8.recipe_name = "rowwise" has no float8 gathers',
@@ -262,6 +281,16 @@ PASSED: list[tuple[Rule, JobConfig]] = [
     ),
     (rules.compile_has_components, JobConfig(compile=Compile(enable=True, components=["loss"]))),
     (rules.float8_gathers_are_tensorwise, JobConfig(quantize=_float8(enable_fsdp_float8_all_gather=True))),
+    (rules.float8_of_experts_names_some, JobConfig(model=_EXPERTS, quantize=_grouped_float8(fqns=["experts"]))),
+    (rules.float8_of_experts_names_some, JobConfig(quantize=_grouped_float8(fqns=[]))),
+    (
+        rules.float8_of_experts_gives_bfloat16,
+        JobConfig(model=_EXPERTS, quantize=_grouped_float8(fqns=["experts"], emulate=True)),
+    ),
+    (
+        rules.float8_of_experts_gives_bfloat16,
+        JobConfig(model=_EXPERTS, training=Training(mixed_precision_param="bfloat16"), quantize=_grouped_float8()),
+    ),
     (rules.converters_are_named_once, JobConfig(model=Model(converters=["quantize.linear.float8"]))),
     (rules.async_tensor_parallel_needs_compile, JobConfig(parallelism=_ASYNC, compile=Compile(enable=True))),
     (

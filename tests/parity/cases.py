@@ -38,6 +38,7 @@ _WORDS = {
     "model.converters": "float8",
     "training.local_batch_size": "micro-batches of {}",
     "quantize.linear.float8.filter_fqns": "but for the output",
+    "quantize.linear.float8.emulate": "emulated",
     "quantize.grouped_mm.float8.fqns": "of experts",
     "quantize.grouped_mm.float8.emulate": "emulated",
     "quantize.linear.float8.recipe_name": "{}",
@@ -217,7 +218,11 @@ THOROUGH = [
 CASES = [*DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMPILED, *OUTSIDE, *EXPERTS]
 
 # Float8 rounds to 3 bits, with scales of each micro-batch: the same ones on the single process.
-_F8 = {"model.converters": ["quantize.linear.float8"], "quantize.linear.float8.filter_fqns": ["output"]}
+_F8 = {
+    "model.converters": ["quantize.linear.float8"],
+    "quantize.linear.float8.filter_fqns": ["output"],
+    "quantize.linear.float8.emulate": True,
+}
 _TENSORWISE = _F8 | {"training.local_batch_size": 1}
 _ROWWISE = _TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise"}
 _HIGH = _TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise_with_gw_hp"}

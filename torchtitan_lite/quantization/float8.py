@@ -139,7 +139,14 @@ def left_out(model: nn.Module, section: Float8) -> dict[str, str]:
 
 
 def _require_hardware(section: Float8, device: torch.device) -> None:
-    if section.emulate or device.type != "cuda":
+    if section.emulate:
+        return
+    if device.type != "cuda":
+        logger.warning(
+            "float8    products in float8 are computed one number at a time on %s, some hundred times slower; set "
+            "%s.emulate = true",
+            *(device.type.upper(), _KEY),
+        )
         return
     if torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(
