@@ -1,0 +1,103 @@
+"""What a comparison's charts draw: curves of each side's runs and of their middle, in few enough points. No torch."""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from torchtitan_lite.compare.markup import finite
+
+METRICS = ("loss", "grad_norm", "step_time_s", "memory_peak_gib")
+AXES = ("step", "tokens", "seconds")
+POINTS = 2000  # of a curve, at most
+_DIGITS = 7
+
+Curve = dict[str, list[float | None]]
+
+
+def chart_data(sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """By side with curves: {name, label, index, middle, repeats}. index: among all sides. middle: of its runs, the run
+    itself where there is one. repeats: the runs where there are more. A curve has the names of AXES and METRICS;
+    None stands for what is not finite."""
+    found = []
+    for index, side in enumerate(sides):
+        runs = [_whole(run["curve"]) for run in side["runs"] if run["curve"].get("step")]
+        if runs:
+            found.append(
+                {
+                    "name": side["name"],
+                    "label": side["label"],
+                    "index": index,
+                    "middle": thinned(middle_of(runs)),
+                    "repeats": [thinned(run) for run in runs] if len(runs) > 1 else [],
+                }
+            )
+    return found
+
+
+def middle_of(runs: Sequence[Curve]) -> Curve:
+    """The median of runs at each step that at least half of them have logged; of values that are not finite, none."""
+    by_step: dict[float, list[tuple[Curve, int]]] = {}
+    for run in runs:
+        for index, step in enumerate(run["step"]):
+            by_step.setdefault(step or 0.0, []).append((run, index))
+    kept = sorted(step for step, places in by_step.items() if 2 * len(places) >= len(runs))
+    middle: Curve = {"step": list(kept)}
+    for name in ("tokens", *METRICS):
+        middle[name] = [_median([run[name][index] for run, index in by_step[step]]) for step in kept]
+    return {**middle, "seconds": _seconds(kept, middle["step_time_s"])}
+
+
+def thinned(curve: Curve, points: int = POINTS) -> Curve:
+    """At most `points` of them: the first and the last, and of each stretch the lowest and highest of every metric."""
+    count = len(curve["step"])
+    keep = set(range(count))
+    if count > points:
+        stretches = (points - 2) // (2 * len(METRICS))
+        keep = {0, count - 1}
+        for number in range(stretches):
+            stretch = range(number * count // stretches, (number + 1) * count // stretches)
+            for name in METRICS:
+                values = [(value, index) for index in stretch if (value := curve[name][index]) is not None]
+                keep |= {min(values)[1], max(values)[1]} if values else {stretch[0]}
+    return {name: [_short(values[index]) for index in sorted(keep)] for name, values in curve.items()}
+
+
+def broken(sides: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
+    """A sentence for each run whose values are not all finite."""
+    told = []
+    for side in sides:
+        for run in side["runs"]:
+            steps, values = run["curve"].get("step", []), run["curve"].get(metric, [])
+            if bad := [step for step, value in zip(steps, values, strict=True) if finite(value) is None]:
+                told.append(
+                    f"{side['name']}, seed {run['seed']}: not finite at {len(bad)} of {len(steps)} logged steps, "
+                    f"first at step {bad[0]}"
+                )
+    return told
+
+
+def _whole(curve: Mapping[str, Sequence[Any]]) -> Curve:
+    """With the seconds that steps took up to each logged one, and None for what is not finite."""
+    found: Curve = {name: [finite(value) for value in curve[name]] for name in ("step", "tokens", *METRICS)}
+    return {**found, "seconds": _seconds(curve["step"], found["step_time_s"])}
+
+
+def _seconds(steps: Sequence[float], times: Sequence[float | None]) -> list[float | None]:
+    """Spent in steps up to each logged one; steps between took what the logged one tells."""
+    total, before, sums = 0.0, 0.0, list[float | None]()
+    for step, time in zip(steps, times, strict=True):
+        total, before = total + (step - before) * (time or 0.0), step
+        sums.append(total)
+    return sums
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _short(value: float | None) -> float | None:
+    """Fewer digits than a double has: no chart shows them."""
+    if value is None or value == int(value):
+        return None if value is None else int(value)
+    return float(f"{value:.{_DIGITS}g}")
