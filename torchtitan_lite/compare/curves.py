@@ -6,7 +6,8 @@ from typing import Any
 
 from torchtitan_lite.compare.markup import finite
 
-METRICS = ("loss", "grad_norm", "step_time_s", "memory_peak_gib")
+LOGGED = ("loss", "grad_norm", "step_time_s", "memory_peak_gib")
+METRICS = (*LOGGED, "loss_gap")
 AXES = ("step", "tokens", "seconds")
 POINTS = 2000  # of a curve, at most
 _DIGITS = 7
@@ -14,13 +15,19 @@ _DIGITS = 7
 Curve = dict[str, list[float | None]]
 
 
-def chart_data(sides: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def chart_data(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """By side with curves: {name, label, index, middle, repeats}. index: among all sides. middle: of its runs, the run
     itself where there is one. repeats: the runs where there are more. A curve has the names of AXES and METRICS;
-    None stands for what is not finite."""
-    found = []
-    for index, side in enumerate(sides):
-        runs = [_whole(run["curve"]) for run in side["runs"] if run["curve"].get("step")]
+    None stands for what is not finite. loss_gap: a run's loss above that of the first side's run of its seed; None
+    where there is none, for the first side, and where losses are not of the same samples at each step."""
+    alike = {pair["b"] for pair in document["pairs"] if pair["comparable"]["data"] and pair["along"] == "steps"}
+    found: list[dict[str, Any]] = []
+    first: dict[Any, Curve] = {}
+    for index, side in enumerate(document["sides"]):
+        told = [run for run in side["runs"] if run["curve"].get("step")]
+        runs = [_whole(run["curve"], first.get(run["seed"]) if side["name"] in alike else None) for run in told]
+        if not found:
+            first = {run["seed"]: curve for run, curve in zip(told, runs, strict=True)}
         if runs:
             found.append(
                 {
@@ -76,9 +83,15 @@ def broken(sides: Sequence[Mapping[str, Any]], metric: str) -> list[str]:
     return told
 
 
-def _whole(curve: Mapping[str, Sequence[Any]]) -> Curve:
-    """With the seconds that steps took up to each logged one, and None for what is not finite."""
-    found: Curve = {name: [finite(value) for value in curve[name]] for name in ("step", "tokens", *METRICS)}
+def _whole(curve: Mapping[str, Sequence[Any]], beside: Curve | None) -> Curve:
+    """With the seconds that steps took up to each logged one, the loss above that of `beside`, and None for what is not
+    finite."""
+    found: Curve = {name: [finite(value) for value in curve[name]] for name in ("step", "tokens", *LOGGED)}
+    losses = dict(zip(beside["step"], beside["loss"], strict=True)) if beside else {}
+    found["loss_gap"] = [
+        None if loss is None or (other := losses.get(step)) is None else loss - other
+        for step, loss in zip(found["step"], found["loss"], strict=True)
+    ]
     return {**found, "seconds": _seconds(curve["step"], found["step_time_s"])}
 
 

@@ -41,9 +41,11 @@ def joined(parts: Iterable[object], between: str = "") -> Html:
 
 def table(label: str, head: Sequence[object], rows: Iterable[Sequence[object]], texts: int = 1) -> Html:
     """In a box of its own, which scrolls where the window is narrow. texts: columns from the left that hold words;
-    those after them hold numbers."""
+    those after them hold numbers. A row of one cell heads those after it."""
 
     def line(cells: Sequence[object], kind: str) -> Html:
+        if len(cells) == 1:
+            return tag("tr", tag("th", cells[0], colspan=len(head), scope="rowgroup"))
         return tag("tr", *(_cell(cell, kind, index, texts) for index, cell in enumerate(cells)))
 
     body = [line(row, "td") for row in rows]

@@ -9,13 +9,14 @@ from importlib.resources import files
 from typing import Any
 
 from torchtitan_lite.compare import page_tables as tables
-from torchtitan_lite.compare.curves import broken, chart_data
+from torchtitan_lite.compare.curves import LOGGED, METRICS, broken, chart_data
 from torchtitan_lite.compare.markup import Html, data, finite, joined, number, tag
 
 Document = Mapping[str, Any]
 
 _CHARTS = (
     ("loss", "Loss", ""),
+    ("loss_gap", "Loss above that of {first}", ""),
     ("grad_norm", "Gradient norm", ""),
     ("step_time_s", "Time of a step", "s"),
     ("memory_peak_gib", "Peak memory of a rank", "GiB"),
@@ -25,14 +26,16 @@ _AXES = (("step", "steps"), ("tokens", "tokens"), ("seconds", "time"))
 _LOSS = {"equal": ("good", "="), "different": ("bad", "≠"), "no difference shown": ("even", "≈")}
 _SPEED = {"faster": ("good", "▲"), "slower": ("bad", "▼"), "no difference shown": ("even", "≈")}
 _NONE = ("even", "–")
+_PARAGRAPHS = 4  # more of them are folded
 _ALIKE = 0.005  # ratios of memory so close are called the same
+_APART = 9.0  # percent of the scale between its numbers, at least
 _TICKS = (0.1, 0.2, 0.33, 0.5, 0.67, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
 
 
 def html(document: Document) -> str:
     """document: as compare.document.document makes it. Everything in it that is not ours is escaped."""
     script, style = _asset("report.js"), _asset("report.css")
-    title = _title(document)
+    title, curves = _title(document), chart_data(document)
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
@@ -45,20 +48,20 @@ def html(document: Document) -> str:
     body = tag(
         "body",
         tag("header", tag("h1", title), tag("p", _facts(document), class_="facts")),
-        tag("main", *_sections(document)),
-        data("curves", chart_data(document["sides"])),
+        tag("main", *_sections(document, curves)),
+        data("curves", curves),
         tag("script", Html(script)),
     )
     return f"<!doctype html>\n{tag('html', head, body, lang='en')}\n"
 
 
-def _sections(document: Document) -> list[Html]:
+def _sections(document: Document, curves: Sequence[Mapping[str, Any]]) -> list[Html]:
     following = tables.derived_difference(document)
     parts: list[tuple[str, str, Html | None]] = [
         ("verdicts", "Verdicts", _verdicts(document)),
         ("assertions", "Conditions", tables.assertions(document)),
         ("unfit", "What could not run to its end", tables.unfit(document)),
-        ("charts", "Curves", _charts(document)),
+        ("charts", "Curves", _charts(document, curves)),
         ("speed", "Speed", _ratios(document)),
         ("sides", "Numbers", tables.sides(document)),
         ("breakdown", "What a step is spent on", tables.breakdown(document)),
@@ -109,7 +112,10 @@ def _verdicts(document: Document) -> Html:
         names = [joined([tables.side_name(document, pair[each]), " ", labels[pair[each]]]) for each in ("b", "a")]
         heading = tag("h3", names[0], tag("span", " against ", class_="soft"), names[1])
         badges = tag("p", _loss_badge(pair["loss"]), _speed_badge(pair["speed"]), _memory_badge(pair["memory"]))
-        return tag("article", heading, badges, tag("p", pair["words"]), class_="pair")
+        words = tag("p", pair["words"])
+        if len(document["pairs"]) > _PARAGRAPHS:
+            words = tag("details", tag("summary", "in words"), words)
+        return tag("article", heading, badges, words, class_="pair")
 
     return tag("div", *map(one, document["pairs"]))
 
@@ -120,42 +126,39 @@ def _loss_badge(loss: Mapping[str, Any]) -> Html:
     if said == "different" and gap and loss["envelope"] is None:
         kind, sign, said = ("bad", "▲", "higher by ") if gap > 0 else ("good", "▼", "lower by ")
         said += f"{abs(gap):.3g}"
-    return _badge(kind, sign, f"loss {said}")
+    return _badge(kind, sign, f"loss: {said}")
 
 
 def _speed_badge(speed: Mapping[str, Any]) -> Html:
-    said = f"speed {speed['verdict']}"
-    if speed["verdict"] in ("faster", "slower"):
-        said = f"{speed['verdict']}, {number(speed['ratio'], '.3g')} x"
-    return _badge(*_SPEED.get(speed["verdict"], _NONE), said)
+    size = f", {number(speed['ratio'], '.3g')} x" if speed["verdict"] in ("faster", "slower") else ""
+    return _badge(*_SPEED.get(speed["verdict"], _NONE), f"speed: {speed['verdict']}{size}")
 
 
 def _memory_badge(memory: Mapping[str, Any]) -> Html:
     ratio = finite(memory["ratio"])
     if ratio is None:
-        return _badge(*_NONE, "memory n/a")
+        return _badge(*_NONE, "memory: n/a")
     if abs(ratio - 1) < _ALIKE:
-        return _badge("even", "≈", "memory alike")
-    return _badge(*(("good", "▼") if ratio < 1 else ("bad", "▲")), f"memory {ratio:.3g} x")
+        return _badge("even", "≈", "memory: alike")
+    return _badge(*(("good", "▼") if ratio < 1 else ("bad", "▲")), f"memory: {ratio:.3g} x")
 
 
 def _badge(kind: str, sign: str, said: str) -> Html:
     return tag("span", tag("span", sign, class_="sign", aria_hidden="true"), " ", said, class_=f"badge {kind}")
 
 
-def _charts(document: Document) -> Html | None:
-    """None where no run has a curve. The script draws into the boxes."""
-    sides = [(index, side) for index, side in enumerate(document["sides"]) if any(run["curve"] for run in side["runs"])]
-    if not sides:
+def _charts(document: Document, curves: Sequence[Mapping[str, Any]]) -> Html | None:
+    """curves: as chart_data has them; None where there are none. The script draws into the boxes."""
+    if not curves:
         return None
     axes = [
         tag("label", tag("input", type="radio", name="axis", value=value, checked=value == "step"), f" {said}")
         for value, said in _AXES
     ]
     legend = [
-        tag("button", tables.swatch(index), tag("b", side["name"]), tag("span", side["label"], class_="label"),
+        tag("button", tables.swatch(side["index"]), tag("b", side["name"]), tag("span", side["label"], class_="label"),
             type="button", aria_pressed="true", title=side["label"], data_side=side["name"])
-        for index, side in sides
+        for side in curves
     ]  # fmt: skip
     controls = tag(
         "div",
@@ -164,7 +167,12 @@ def _charts(document: Document) -> Html | None:
         tag("button", "whole range", type="button", class_="reset", disabled=True),
         class_="controls",
     )
-    figures = [_figure(document, *chart) for chart in _CHARTS]
+    drawn = {name for side in curves for name in METRICS if any(y is not None for y in side["middle"][name])}
+    figures = [
+        _figure(document, metric, title.format(first=curves[0]["name"]), unit)
+        for metric, title, unit in _CHARTS
+        if metric in drawn or metric in LOGGED
+    ]
     usage = (
         "Drag to zoom, double-click for the whole range. With the keyboard: arrows move along a chart, + and - zoom, "
         "0 shows all. Bold lines are the median of repeats, thin ones the repeats."
@@ -174,7 +182,7 @@ def _charts(document: Document) -> Html | None:
 
 
 def _figure(document: Document, metric: str, title: str, unit: str) -> Html:
-    notes = [tag("p", told, class_="note") for told in broken(document["sides"], metric)]
+    notes = [tag("p", told, class_="note") for told in (broken(document["sides"], metric) if metric in LOGGED else ())]
     plot = tag("div", class_="plot", tabindex="0", role="group", aria_label=f"{title}, chart")
     caption = tag("figcaption", title, tag("span", f" {unit}", class_="soft"), tag("span", class_="clipped"))
     return tag("figure", caption, plot, *notes, class_="chart", data_metric=metric, data_unit=unit)
@@ -186,8 +194,12 @@ def _ratios(document: Document) -> Html | None:
     if not known:
         return None
     low, high, place = _scale(known)
-    marks = [tick for tick in _TICKS if low <= tick <= high]
-    marks = marks[:: math.ceil(len(marks) / 9)] if 1.0 not in marks[:: math.ceil(len(marks) / 9)] else marks
+    marks: list[float] = []
+    for tick in sorted(
+        (tick for tick in _TICKS if low <= tick <= high), key=lambda tick: (tick != 1.0, len(f"{tick:g}"))
+    ):
+        if all(abs(place(tick) - place(other)) >= _APART for other in marks):
+            marks.append(tick)
     rows = [_ratio_row(document, pair, place) for pair in known]
     ticks = [tag("span", f"{tick:g}", class_="tick", style=f"left:{place(tick):.2f}%") for tick in marks]
     axis = tag("div", tag("span"), tag("div", *ticks, class_="track axis"), tag("span"), class_="ratio")

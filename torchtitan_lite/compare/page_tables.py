@@ -28,36 +28,34 @@ def side_name(document: Document, name: str) -> Html:
 
 
 def sides(document: Document) -> Html:
-    head = ["", "recipe", "model", "ranks", "runs", "loss", "validation loss", "step", "step, 99%", "tokens/s"]
-    head += ["tokens/s a rank", "TFLOP/s a rank", "MFU", "memory", "data wait", "sent a step", "first step", "compile"]
+    head = ["", "recipe", "ranks", "runs", "loss", "step", "tokens/s", "memory", "MFU", "validation loss", "step, 99%"]
+    head += ["tokens/s a rank", "TFLOP/s a rank", "data wait", "sent a step", "first step", "compile"]
     rows = []
     for side in document["sides"]:
         of, runs = side["summary"], side["runs"]
         done = sum(run["state"] == "finished" for run in runs)
-        low, high = of.get("step_time_interval") or (None, None)
         rows.append(
             [
                 side_name(document, side["name"]),
                 side["label"],
-                side["model"],
                 side["ranks"],
                 done if done == len(runs) else f"{done} of {len(runs)}",
                 number(of.get("loss"), ".4f"),
-                number(of.get("validation_loss"), ".4f"),
                 duration(of.get("step_time_s")),
-                UNKNOWN if low is None else f"{duration(low)} to {duration(high)}",
                 number(of.get("tokens_per_s"), ",.0f"),
+                number(of.get("memory_peak_gib"), ".2f", " GiB"),
+                number(of.get("mfu"), ".1%"),
+                number(of.get("validation_loss"), ".4f"),
+                _durations(of.get("step_time_interval")),
                 number(of.get("tps"), ",.0f"),
                 number(of.get("tflops"), ".4g"),
-                number(of.get("mfu"), ".1%"),
-                number(of.get("memory_peak_gib"), ".2f", " GiB"),
                 duration(of.get("data_time_s")),
                 number(of.get("communication_gib"), ".3g", " GiB"),
                 duration(of.get("first_step_s")),
                 duration(of.get("compile_s")),
             ]
         )
-    return table("Numbers of each side", head, rows, texts=3)
+    return table("Numbers of each side", head, rows, texts=2)
 
 
 def pairs(document: Document) -> Html:
@@ -180,12 +178,13 @@ def sources(document: Document) -> Html:
     rows = [
         [
             side_name(document, side["name"]),
+            side["model"],
             tag("code", side["source"]),
             tag("code", " extends ".join(map(str, side["chain"]))) if side["chain"] else "-",
         ]
         for side in document["sides"]
     ]
-    return table("Where sides come from", ["", "named as", "files"], rows, 3)
+    return table("Where sides come from", ["", "model", "named as", "files"], rows, 4)
 
 
 def folders(document: Document) -> Html:
@@ -205,6 +204,15 @@ def folders(document: Document) -> Html:
 
 def _range(interval: Sequence[Any] | None, form: str) -> str:
     return UNKNOWN if interval is None else " to ".join(number(each, form) for each in interval)
+
+
+def _durations(interval: Sequence[Any] | None) -> str:
+    """The unit once, where both have the same."""
+    if interval is None:
+        return UNKNOWN
+    low, high = map(duration, interval)
+    unit = high.rpartition(" ")[2]
+    return f"{low.removesuffix(f' {unit}')} to {high}"
 
 
 def _times(ratio: float | None, against: str) -> str:

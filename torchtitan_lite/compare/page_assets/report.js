@@ -10,10 +10,11 @@ const LEAST_DRAG = 5;     // pixels; less is a click
 const TIMES = [[86400, "d"], [3600, "h"], [60, "min"], [1, "s"]];
 // Of gradient norms and times, a few far values would press all others flat; memory and times that differ by little
 // should look like little.
-const ROBUST = new Set(["grad_norm", "step_time_s"]);
-const LEAST_SPAN = { loss: 1e-6, grad_norm: 0.02, step_time_s: 0.05, memory_peak_gib: 0.05 };
+const ROBUST = new Set(["loss_gap", "grad_norm", "step_time_s"]);
+const LEAST_SPAN = { loss: 1e-6, loss_gap: 0, grad_norm: 0.02, step_time_s: 0.05, memory_peak_gib: 0.05 };
 
 const visible = () => sides.filter(side => !state.hidden.has(side.name));
+const withAny = metric => visible().filter(side => side.middle[metric].some(value => value !== null));
 const curvesOf = side => [...side.repeats, side.middle];
 const lineClass = index => `c${index % 8} d${(index + Math.floor(index / 8)) % 4}`;
 
@@ -69,8 +70,9 @@ function wholeRange() {
 
 function valueRange(metric, [low, high]) {
   const values = [];
-  for (const side of visible()) for (const curve of curvesOf(side)) curve[metric].forEach((value, index) => {
-    const at = curve[state.axis][index];
+  const runsOf = side => side.repeats.length ? side.repeats : [side.middle];
+  for (const side of visible()) for (const run of runsOf(side)) run[metric].forEach((value, index) => {
+    const at = run[state.axis][index];
     if (value !== null && at >= low && at <= high) values.push(value);
   });
   if (!values.length) return { low: 0, high: 1, clipped: [] };
@@ -82,7 +84,7 @@ function valueRange(metric, [low, high]) {
     least = Math.max(least, foot - reach);
     most = Math.min(most, head + reach);
   }
-  const span = Math.max(most - least, LEAST_SPAN[metric] * Math.max(Math.abs(least), Math.abs(most), 1e-9));
+  const span = Math.max(most - least, LEAST_SPAN[metric] * Math.max(Math.abs(least), Math.abs(most))) || 1;
   const middle = (least + most) / 2;
   const clipped = values.filter(value => value > most || value < least);
   return { low: middle - 0.54 * span, high: middle + 0.54 * span, clipped };
@@ -149,7 +151,7 @@ function draw(chart) {
   }
   drawEnds(chart);
   const away = values.clipped.length;
-  figure.querySelector(".clipped").textContent = away ? `${away} outside, up to ${tidy(values.clipped.at(-1), 3)}` : "";
+  figure.querySelector(".clipped").textContent = away ? `${away} value${away > 1 ? "s" : ""} outside, up to ${tidy(values.clipped.at(-1), 3)}` : "";
   chart.over = make(svg, "g");
 }
 
@@ -237,7 +239,7 @@ function tell(chart, at, x) {
   const { tip } = chart;
   tip.replaceChildren();
   make(tip, "b", {}, ofAxis(at, chart.range[1]));
-  for (const side of visible()) {
+  for (const side of withAny(chart.metric)) {
     const row = make(tip, "div"), found = valueAt(side, chart.metric, at);
     row.append(legendOf(side.name).querySelector("svg").cloneNode(true));
     make(row, "b", {}, side.name);
