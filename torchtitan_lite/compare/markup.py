@@ -79,7 +79,7 @@ def scaled(value: Any, unit: str = "") -> str:
     if (known := finite(value)) is None:
         return number(value, "")
     prefix = 0
-    while abs(known) >= 999.5 and prefix < 6:
+    while abs(known) >= 999.95 and prefix < 6:
         known, prefix = known / 1000, prefix + 1
     return f"{known:.4g} {' kMGTPE'[prefix].strip()}{unit}".rstrip()
 
