@@ -248,6 +248,7 @@ function tell(chart, at, x) {
     make(row, "span", { class: "value" }, said === "n/a" ? said : `${said} ${chart.unit}`.trim());
   }
   const left = x > (EDGE.left + chart.right) / 2;
+  tip.style.maxWidth = `${(left ? x : chart.plot.clientWidth - x) - 14}px`;
   tip.style.left = left ? "auto" : `${x + 14}px`;
   tip.style.right = left ? `${chart.plot.clientWidth - x + 14}px` : "auto";
 }
