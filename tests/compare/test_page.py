@@ -72,7 +72,7 @@ def test_everything_is_there(document: dict[str, Any]) -> None:
         "3 recipes compared",
         document["pairs"][0]["words"],
         "loss: equal",
-        f"speed: slower, {document['pairs'][0]['speed']['ratio']:.3g} x",
+        f"speed: slower, {document['pairs'][0]['speed']['ratio']:.3f} x",
         "memory: 0.633 x",
         "memory: alike",
         "What it took to reach a loss of 4.5",

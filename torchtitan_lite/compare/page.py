@@ -130,7 +130,7 @@ def _loss_badge(loss: Mapping[str, Any]) -> Html:
 
 
 def _speed_badge(speed: Mapping[str, Any]) -> Html:
-    size = f", {number(speed['ratio'], '.3g')} x" if speed["verdict"] in ("faster", "slower") else ""
+    size = f", {number(speed['ratio'], '.3f')} x" if speed["verdict"] in ("faster", "slower") else ""
     return _badge(*_SPEED.get(speed["verdict"], _NONE), f"speed: {speed['verdict']}{size}")
 
 

@@ -70,7 +70,7 @@ def pairs(document: Document) -> Html:
                 loss["verdict"],
                 speed["verdict"],
                 "; ".join(pair["comparable"]["told"]) or "-",
-                number(loss["gap"], "+.3g"),
+                number(loss["gap"], "+.3g" if loss["gap"] else ".3g"),
                 _range(loss["interval"], "+.3g"),
                 number(loss["envelope"], ".3g"),
                 number(speed["ratio"], ".3f"),

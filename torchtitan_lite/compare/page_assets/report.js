@@ -162,7 +162,7 @@ function drawAxes(chart, values) {
     make(svg, "text", { x: EDGE.left - 6, y: chart.y(tick) + 4, "text-anchor": "end", class: "y-tick" }, tidy(tick));
   }
   const [size, unit] = state.axis === "seconds" ? timeUnit(range[1]) : [1, ""];
-  const most = Math.max(2, Math.floor((right - EDGE.left) / 85));
+  const most = Math.max(2, Math.floor((right - EDGE.left) / 64));
   for (const tick of ticks(range[0] / size, range[1] / size, most)) {
     const at = chart.x(tick * size), text = state.axis === "tokens" ? scaled(tick) : `${tidy(tick, 6)} ${unit}`.trim();
     make(svg, "line", { class: "frame", x1: at, x2: at, y1: bottom, y2: bottom + 4 });
