@@ -2,7 +2,7 @@
 
     python -m tests.browser PAGE OUT.png --width 1200
 
-PAGE: a URL or a file.
+PAGE: a URL or a file. The picture of the documentation is made with --height 1180 --window --small.
 """
 
 import argparse
@@ -259,12 +259,17 @@ def main() -> None:
     parser.add_argument("--window", action="store_true", help="only what is in the window")
     parser.add_argument("--dark", action="store_true")
     parser.add_argument("--after", default="true", help="a JavaScript expression that must be true first")
+    parser.add_argument("--small", action="store_true", help="a small file, of 128 colours")
     asked = parser.parse_args()
     url = asked.page if "://" in asked.page else Path(asked.page).resolve().as_uri()
     with Browser() as browser:
         page = browser.page(url, asked.width, asked.height, dark=asked.dark)
         page.wait(asked.after)
         page.screenshot(asked.out, whole=not asked.window)
+    if asked.small:
+        from PIL import Image
+
+        Image.open(asked.out).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(asked.out, optimize=True)
     for error in page.errors:
         print(error)
     raise SystemExit(1 if page.errors else 0)

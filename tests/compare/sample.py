@@ -93,7 +93,10 @@ def full(root: Path, count: int = 3, repeats: int = 3, steps: int = 80) -> dict[
 
 
 if __name__ == "__main__":
-    # python -m tests.compare.sample FOLDER SIDES REPEATS STEPS: writes FOLDER/report.html.
+    # python -m tests.compare.sample FOLDER SIDES REPEATS STEPS: writes FOLDER/report.html, with all that it may show,
+    # and FOLDER/usual.html of the same runs where nothing went wrong.
     place = Path(sys.argv[1])
     place.mkdir(parents=True)
-    (place / "report.html").write_text(html(full(place / "runs", *map(int, sys.argv[2:]))))
+    sizes = [int(each) for each in sys.argv[2:]]
+    (place / "report.html").write_text(html(full(place / "runs", *sizes)))
+    (place / "usual.html").write_text(html(told(folders(place / "usual", *sizes), [])))

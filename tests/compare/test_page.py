@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.compare.sample import HOSTILE, folders, full, told
-from torchtitan_lite.compare.curves import METRICS, POINTS, broken, chart_data, middle_of, thinned
+from torchtitan_lite.compare.curves import METRICS, POINTS, broken, chart_data, middle_of, smoothed, thinned
 from torchtitan_lite.compare.markup import Html, data, duration, number, scaled, tag
 from torchtitan_lite.compare.page import html
 from torchtitan_lite.strict_json import strict_dumps
@@ -86,6 +86,13 @@ def test_everything_is_there(document: dict[str, Any]) -> None:
         "B.memory < 0.1",
     ):
         assert said in read.text, said
+    settings = read.text.partition("Settings that differ")[2].split()
+    assert settings[:4] == ["setting", "A", "B", "C"]
+    assert settings[4:13] == [
+        *("[activation_checkpoint]", "mode", "none", "full", "none"),
+        *("[optimizer]", "lr", "0.003", "0.003"),
+    ]
+    assert settings[13] == "0.006"
     for side in document["sides"]:
         assert f"{side['summary']['tps']:,.0f}" in read.text
         assert f"{side['summary']['validation_loss']:.4f}" in read.text
@@ -189,7 +196,10 @@ def test_nothing_to_compare_is_a_page_too(own: dict[str, Any]) -> None:
 @pytest.mark.parametrize("count", [2, POINTS, POINTS + 1, 60_000])
 def test_thin_curves_keep_what_stands_out(count: int) -> None:
     draw = random.Random(count)
+    # Neither end stands out.
     curve: dict[str, list[float | None]] = {name: [draw.random() for _ in range(count)] for name in METRICS}
+    for name in METRICS:
+        curve[name][0] = curve[name][-1] = 0.5
     curve |= {"step": list(range(count)), "tokens": list(range(count)), "seconds": list(range(count))}
     spikes = {name: draw.randrange(count) for name in METRICS}
     for name, place in spikes.items():
@@ -207,6 +217,23 @@ def test_thin_curves_keep_what_stands_out(count: int) -> None:
         assert len(thin["step"]) == count
     else:
         assert len(thin["step"]) > POINTS / 2
+
+
+def test_smooth_curves_follow_and_forget_spikes() -> None:
+    count = 3000
+    curve: dict[str, list[float | None]] = {name: [float(index) for index in range(count)] for name in METRICS}
+    curve |= {name: [float(index) for index in range(count)] for name in ("step", "tokens", "seconds")}
+    curve["loss"][500] = 1e6
+    curve["loss"][1000] = None
+    curve["grad_norm"][:500] = [None] * 500
+    smooth = smoothed(curve)
+    assert len(smooth["step"]) == 500
+    assert (smooth["step"][0], smooth["step"][-1]) == (0, count - 1)
+    assert smooth["step"][:490] == smooth["step_time_s"][:490], "a straight line stays where it is"
+    assert max(abs(y - x) for x, y in zip(smooth["step"][:490], smooth["loss"][:490], strict=True)) <= 1
+    assert count - 60 < smooth["loss"][-1] < count - 20, "the end looks back"
+    assert smooth["grad_norm"][0] is None
+    assert smoothed({name: values[:3] for name, values in curve.items()})["loss"] == [0, 1, 2]
 
 
 def _run(steps: list[int], loss: list[Any], **told: Any) -> dict[str, Any]:

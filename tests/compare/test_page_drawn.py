@@ -124,6 +124,14 @@ def test_the_axis_and_the_sides_shown_are_chosen(browser: Browser, url: str) -> 
     assert page.evaluate(path) != along_steps
     page.evaluate("document.querySelector('input[value=step]').click()")
     assert page.evaluate(_TICKS) == steps
+    page.evaluate("document.querySelector('input[name=smooth]').click()")
+    assert page.evaluate(_POINTS.format(metric="loss", kind="middle")) == [STEPS] * 3
+    assert page.evaluate(_POINTS.format(metric="loss", kind="repeat")) == [STEPS] * 3
+    heights = "[...document.querySelectorAll('[data-metric=step_time_s] path.{kind}')].map(p => p.getBBox().height)"
+    for near, far in zip(*(page.evaluate(heights.format(kind=kind)) for kind in ("middle", "repeat")), strict=True):
+        assert near < far
+    page.evaluate("document.querySelector('input[name=smooth]').click()")
+    assert page.evaluate(path) == along_steps
     button = "document.querySelector('.legend button[data-side=B]')"
     x, y = page.evaluate(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({button}.getBoundingClientRect())")
     if y > 700:

@@ -10,16 +10,21 @@ LOGGED = ("loss", "grad_norm", "step_time_s", "memory_peak_gib")
 METRICS = (*LOGGED, "loss_gap")
 AXES = ("step", "tokens", "seconds")
 POINTS = 2000  # of a curve, at most
+_SMOOTH_POINTS = 500
+_SMOOTHED_OVER = 25  # the part of a run that a smooth value is the median of
 _DIGITS = 7
 
 Curve = dict[str, list[float | None]]
 
 
 def chart_data(document: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """By side with curves: {name, label, index, middle, repeats}. index: among all sides. middle: of its runs, the run
-    itself where there is one. repeats: the runs where there are more. A curve has the names of AXES and METRICS;
-    None stands for what is not finite. loss_gap: a run's loss above that of the first side's run of its seed; None
-    where there is none, for the first side, and where losses are not of the same samples at each step."""
+    """By side with curves: {name, label, index, middle, smooth, repeats}. index: among all sides. middle: of its runs,
+    the run itself where there is one. repeats: the runs where there are more.
+
+    A curve has the names of AXES and of METRICS; None stands for what is not finite. loss_gap: a run's loss above that
+    of the first side's run of its seed; None where there is none, for the first side, and where losses are not of the
+    same samples at each step.
+    """
     alike = {pair["b"] for pair in document["pairs"] if pair["comparable"]["data"] and pair["along"] == "steps"}
     found: list[dict[str, Any]] = []
     first: dict[Any, Curve] = {}
@@ -29,12 +34,14 @@ def chart_data(document: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not found:
             first = {run["seed"]: curve for run, curve in zip(told, runs, strict=True)}
         if runs:
+            middle = middle_of(runs)
             found.append(
                 {
                     "name": side["name"],
                     "label": side["label"],
                     "index": index,
-                    "middle": thinned(middle_of(runs)),
+                    "middle": thinned(middle),
+                    "smooth": smoothed(middle),
                     "repeats": [thinned(run) for run in runs] if len(runs) > 1 else [],
                 }
             )
@@ -67,6 +74,22 @@ def thinned(curve: Curve, points: int = POINTS) -> Curve:
                 values = [(value, index) for index in stretch if (value := curve[name][index]) is not None]
                 keep |= {min(values)[1], max(values)[1]} if values else {stretch[0]}
     return {name: [_short(values[index]) for index in sorted(keep)] for name, values in curve.items()}
+
+
+def smoothed(curve: Curve, points: int = _SMOOTH_POINTS) -> Curve:
+    """Running medians, at most `points` of them. Near the start they are of fewer values, as many before as after:
+    where a curve falls steeply, the median of one side would lie below it. At the end, where it is flat, they
+    look back.
+    """
+    count = len(curve["step"])
+    reach = count // _SMOOTHED_OVER // 2
+    places = range(count) if count <= points else [at * (count - 1) // (points - 1) for at in range(points)]
+    smooth: Curve = {name: [_short(curve[name][at]) for at in places] for name in AXES}
+    for at in places:
+        near = min(reach, at)
+        for name in METRICS:
+            smooth.setdefault(name, []).append(_short(_median(curve[name][at - near : at + near + 1])))
+    return smooth
 
 
 def broken(sides: Sequence[Mapping[str, Any]], metric: str) -> list[str]:

@@ -164,6 +164,7 @@ def _charts(document: Document, curves: Sequence[Mapping[str, Any]]) -> Html | N
         "div",
         tag("div", *legend, class_="legend", role="group", aria_label="sides shown"),
         tag("fieldset", tag("legend", "along"), *axes),
+        tag("label", tag("input", type="checkbox", name="smooth"), " smooth"),
         tag("button", "whole range", type="button", class_="reset", disabled=True),
         class_="controls",
     )
@@ -175,10 +176,11 @@ def _charts(document: Document, curves: Sequence[Mapping[str, Any]]) -> Html | N
     ]
     usage = (
         "Drag to zoom, double-click for the whole range. With the keyboard: arrows move along a chart, + and - zoom, "
-        "0 shows all. Bold lines are the median of repeats, thin ones the repeats."
+        "0 shows all. Bold lines are the median of repeats, thin ones the repeats. "
+        "Smooth lines are running medians over a 25th of a run, and thin ones then the median of repeats."
     )
     noscript = tag("noscript", tag("p", "Curves need JavaScript; the tables do not."))
-    return joined([controls, noscript, tag("div", *figures, class_="charts"), tag("p", usage, class_="soft")])
+    return joined([controls, noscript, tag("div", *figures, tag("p", usage, class_="soft"), class_="charts")])
 
 
 def _figure(document: Document, metric: str, title: str, unit: str) -> Html:

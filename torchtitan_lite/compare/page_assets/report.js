@@ -3,7 +3,7 @@
 (() => {
 const sides = JSON.parse(document.getElementById("curves").textContent);
 const figures = [...document.querySelectorAll(".chart")];
-const state = { axis: "step", range: null, hidden: new Set() };
+const state = { axis: "step", smooth: false, range: null, hidden: new Set(), at: null };
 const EDGE = { left: 54, right: 24, top: 8, bottom: 24 };
 const GAP = 13;           // between the letters at the ends of lines, in pixels
 const LEAST_DRAG = 5;     // pixels; less is a click
@@ -15,7 +15,10 @@ const LEAST_SPAN = { loss: 1e-6, loss_gap: 0, grad_norm: 0.02, step_time_s: 0.05
 
 const visible = () => sides.filter(side => !state.hidden.has(side.name));
 const withAny = metric => visible().filter(side => side.middle[metric].some(value => value !== null));
-const curvesOf = side => [...side.repeats, side.middle];
+const bold = side => state.smooth ? side.smooth : side.middle;
+const thin = side => state.smooth ? [side.middle] : side.repeats;
+// What the scale of values goes by: the runs, or only the smooth line.
+const scaledBy = side => state.smooth || !side.repeats.length ? [bold(side)] : side.repeats;
 const lineClass = index => `c${index % 8} d${(index + Math.floor(index / 8)) % 4}`;
 
 // Numbers and scales
@@ -61,7 +64,7 @@ function wholeRange() {
   let low = Infinity, high = -Infinity;
   for (const side of visible()) {
     const along = side.middle[state.axis];
-    for (const curve of curvesOf(side)) high = Math.max(high, curve[state.axis].at(-1));
+    for (const curve of [...side.repeats, side.middle]) high = Math.max(high, curve[state.axis].at(-1));
     low = Math.min(low, along[0]);
   }
   if (low > high) return [0, 1];
@@ -70,8 +73,7 @@ function wholeRange() {
 
 function valueRange(metric, [low, high]) {
   const values = [];
-  const runsOf = side => side.repeats.length ? side.repeats : [side.middle];
-  for (const side of visible()) for (const run of runsOf(side)) run[metric].forEach((value, index) => {
+  for (const side of visible()) for (const run of scaledBy(side)) run[metric].forEach((value, index) => {
     const at = run[state.axis][index];
     if (value !== null && at >= low && at <= high) values.push(value);
   });
@@ -145,7 +147,7 @@ function draw(chart) {
   }).parentNode;
   const lines = make(svg, "g", { "clip-path": `url(#${clip.id})` });
   for (const kind of ["repeat", "middle"]) for (const side of visible()) {
-    for (const curve of kind === "repeat" ? side.repeats : [side.middle]) {
+    for (const curve of kind === "repeat" ? thin(side) : [bold(side)]) {
       make(lines, "path", { class: `line ${kind} ${lineClass(side.index)}`, d: pathOf(chart, curve), "data-side": side.name });
     }
   }
@@ -175,7 +177,7 @@ function drawAxes(chart, values) {
 function drawEnds(chart) {
   const ends = [];
   for (const side of visible()) {
-    const along = side.middle[state.axis], values = side.middle[chart.metric];
+    const along = bold(side)[state.axis], values = bold(side)[chart.metric];
     let index = values.length - 1;
     while (index >= 0 && (values[index] === null || along[index] > chart.range[1])) index -= 1;
     if (index < 0 || along[index] < chart.range[0]) continue;
@@ -193,6 +195,7 @@ function drawEnds(chart) {
 }
 
 function drawAll() {
+  document.querySelector(".charts").classList.toggle("smooth", state.smooth);
   charts.forEach(draw);
   document.querySelector(".reset").disabled = state.range === null;
   point(null, null);
@@ -203,17 +206,17 @@ function drawAll() {
 function snapped(value) {
   let best = null;
   for (const side of visible()) {
-    const along = side.middle[state.axis], at = along[nearest(along, value)];
+    const along = bold(side)[state.axis], at = along[nearest(along, value)];
     if (best === null || Math.abs(at - value) < Math.abs(best - value)) best = at;
   }
   return best;
 }
 
 function valueAt(side, metric, at) {
-  const along = side.middle[state.axis], index = nearest(along, at);
+  const along = bold(side)[state.axis], index = nearest(along, at);
   const spacing = Math.max((along.at(-1) - along[0]) / Math.max(1, along.length - 1), 1e-9);
   const off = at < along[0] - spacing || at > along.at(-1) + spacing;
-  return off ? null : { at: along[index], value: side.middle[metric][index] };
+  return off ? null : { at: along[index], value: bold(side)[metric][index] };
 }
 
 function point(from, at) {
@@ -298,12 +301,12 @@ function listen(chart) {
 }
 
 function pressed(chart, key) {
-  const [low, high] = chart.range, at = state.at === null || state.at === undefined ? (low + high) / 2 : state.at;
+  const [low, high] = chart.range, at = state.at === null ? (low + high) / 2 : state.at;
   const times = { "+": 0.5, "=": 0.5, "-": 2 }[key], way = { ArrowLeft: -1, ArrowRight: 1 }[key];
   if (times) {
     zoom([at - (at - low) * times, at + (high - at) * times]);
   } else if (way) {
-    const places = [...new Set(visible().flatMap(side => side.middle[state.axis]))].sort((a, b) => a - b);
+    const places = [...new Set(visible().flatMap(side => bold(side)[state.axis]))].sort((a, b) => a - b);
     const next = places[nearest(places, at) + (state.at === null ? 0 : way)];
     if (next !== undefined && next >= low && next <= high) point(chart, next);
   } else if (key === "0") {
@@ -345,8 +348,11 @@ document.querySelectorAll("input[name=axis]").forEach(input => input.addEventLis
   zoom(null);
 }));
 document.querySelector(".reset").addEventListener("click", () => zoom(null));
-// A browser that goes back to the page may have kept the choice.
+const smooth = document.querySelector("input[name=smooth]");
+smooth.addEventListener("change", () => { state.smooth = smooth.checked; drawAll(); });
+// A browser that goes back to the page may have kept the choices.
 state.axis = document.querySelector("input[name=axis]:checked").value;
+state.smooth = smooth.checked;
 drawAll();
 let width = 0;
 new ResizeObserver(() => {
