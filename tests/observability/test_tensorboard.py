@@ -209,7 +209,7 @@ def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         for step in (1, 2, 3):
             board.metrics(_record(step))
         board.event("validation", 3, {"loss": 1.5})
-        board.add_profile(3, BREAKDOWN)
+        board.add_profile(2, BREAKDOWN)
         board.close("finished")
     board = TensorBoard(logdir / "second" / "tb", 3, _about(0.75, model="second"))
     board.metrics(_record(3))

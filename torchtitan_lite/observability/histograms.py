@@ -71,9 +71,7 @@ class Histograms:
         self, parameters: Iterable[tuple[str, Tensor]], stages: dist.ProcessGroup | None, device: torch.device
     ) -> None:
         self._own, self._device = dict(parameters), device
-        sizes = {name: parameter.numel() for name, parameter in self._own.items()}
-        for other in _of_stages(sizes, stages):
-            sizes |= other
+        sizes = _of_stages({name: parameter.numel() for name, parameter in self._own.items()}, stages)
         self._names, self._sizes = list(sizes), list(sizes.values())
         self._rows = {name: row for row, name in enumerate(self._names)}
         self._edges = _edges()
@@ -106,12 +104,13 @@ def settle(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _of_stages(sizes: dict[str, int], stages: dist.ProcessGroup | None) -> list[dict[str, int]]:
+def _of_stages(sizes: dict[str, int], stages: dist.ProcessGroup | None) -> dict[str, int]:
+    """Those of all stages, in the same order on every rank."""
     if stages is None:
-        return []
+        return sizes
     gathered: list[dict[str, int]] = [{} for _ in range(stages.size())]
     dist.all_gather_object(gathered, sizes, group=stages)
-    return gathered
+    return {name: size for each in gathered for name, size in each.items()}
 
 
 def _local(tensor: Tensor) -> Tensor:
