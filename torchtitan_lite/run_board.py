@@ -28,6 +28,7 @@ _KEYS = {
     "compile.enable": "compile",
     "debug.seed": "seed",
 }
+_FIRST = ("model", "mesh", "training.global_batch_size", "training.seq_len", "optimizer.lr")
 
 
 def open_board(plan: JobPlan, here: Runtime, first_step: int) -> TensorBoard | None:
@@ -40,19 +41,21 @@ def open_board(plan: JobPlan, here: Runtime, first_step: int) -> TensorBoard | N
 
 
 def settings(plan: JobPlan) -> tuple[Setting, ...]:
-    """The same keys for every recipe: TensorBoard takes the columns from one run."""
+    """The same columns for every recipe: TensorBoard takes them from one of the runs."""
     config, checkpointing = plan.config, plan.config.activation_checkpoint
     mode: str = checkpointing.mode
     if mode == "selective":
         mode += f" {checkpointing.selective_ac_option}"
     float8 = config.quantize.linear.float8.recipe_name if uses_float8(config) else "none"
-    return (
-        Setting("model", "model", f"{plan.spec.name} {config.model.flavor}"),
-        Setting("world_size", "ranks", plan.dims.world_size),
-        *(Setting(key, heading, attrgetter(key)(config)) for key, heading in _KEYS.items()),
-        Setting("activation_checkpoint.mode", "checkpointing", mode),
-        Setting("quantize.linear.float8.recipe_name", "float8", float8),
+    columns = (
+        ("model", "model", f"{plan.spec.name} {config.model.flavor}"),
+        ("mesh", "mesh", str(plan.dims)),
+        ("world_size", "ranks", plan.dims.world_size),
+        *((key, heading, attrgetter(key)(config)) for key, heading in _KEYS.items()),
+        ("activation_checkpoint.mode", "checkpointing", mode),
+        ("quantize.linear.float8.recipe_name", "float8", float8),
     )
+    return tuple(Setting(*column, first=column[0] in _FIRST) for column in columns)
 
 
 def text(plan: JobPlan) -> str:

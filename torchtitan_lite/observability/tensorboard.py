@@ -58,11 +58,13 @@ _SESSION_FILE = "events.out.tfevents.0000000000.session"
 
 @dataclass(frozen=True)
 class Setting:
-    """A column of the table of recipes. key: as in recipes. heading: shorter."""
+    """A column of the table of recipes. key: as in recipes. heading: shorter. first: whether it is to stand before the
+    others, which TensorBoard sorts by key and hides after the fifth."""
 
     key: str
     heading: str
     value: bool | float | str
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,7 @@ def _write_session(folder: Path, about: About, began: float, ended: float | None
                 name=each.key,
                 display_name=each.heading,
                 type=kinds.get(type(each.value), api_pb2.DATA_TYPE_FLOAT64),
+                differs=each.first,
             )
             for each in about.settings
         ],
