@@ -8,28 +8,29 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# The buckets of each sign: four to each doubling. What is smaller than all falls into one around zero.
-_SMALLEST, _LARGEST, _EACH = -40, 24, 4
+# A float32's sign, exponent and first two bits after the point are its bucket: four to each doubling, and no search.
+_BITS, _EACH = 21, 4
+_BIAS, _NO_NUMBER = 127, 255  # exponents as they are stored
+# The smallest and largest powers of two with buckets of their own. What is closer to zero is in one around it.
+_SMALLEST, _LARGEST = -40, 24
 _CHUNK = 1 << 24  # elements at a time, so that a large embedding takes no memory of its own size
 
 Histogram = tuple[list[float], list[float]]  # the edges of n buckets, n + 1 of them, ascending; n counts
 
 
-def _positive() -> Tensor:
-    steps = torch.arange(_SMALLEST * _EACH, _LARGEST * _EACH + 1, dtype=torch.float64)
-    return (2.0 ** (steps / _EACH)).float()
-
-
 def _edges() -> Tensor:
-    """float32, ascending. What falls outside of them is no finite number."""
-    largest, positive = torch.finfo(torch.float32).max, _positive()
-    return torch.cat([torch.tensor([-largest]), -positive.flip(0), positive, torch.tensor([float("inf")])])
+    """Of all buckets but the first column of a table, float64, ascending; the outermost hold all that is beyond."""
+    parts = 1 + torch.arange(_EACH, dtype=torch.float64) / _EACH
+    powers = 2.0 ** torch.arange(_SMALLEST, _LARGEST, dtype=torch.float64)
+    ends = 2.0 ** torch.tensor([_LARGEST, _LARGEST + 1], dtype=torch.float64)
+    positive = torch.cat([torch.outer(powers, parts).flatten(), ends])
+    return torch.cat([-positive.flip(0), positive])
 
 
 @dataclass(frozen=True)
 class Counted:
-    """names and sizes: of parameters. table: float64 [2, parameters, buckets + 2], the sum over all ranks, of
-    parameters and of gradients; first and last column: what is no finite number."""
+    """names and sizes: of parameters. table: float64 [2, parameters, 1 + buckets], the sum over all ranks, of
+    parameters and of gradients; first column: what is infinite or no number."""
 
     names: list[str]
     sizes: list[int]
@@ -44,19 +45,19 @@ class Counted:
 
         Parameters without a gradient have no histogram of one.
         """
-        edges = _edges().double()
-        edges[0], edges[-1] = 2 * edges[1], 2 * edges[-2]  # of what lies beyond, for a picture's sake
+        edges = _edges()
         found: dict[str, Histogram] = {}
         lost: dict[str, int] = {}
         for kind, rows in zip(("", " (gradient)"), self.table, strict=True):
             for name, size, row in zip(self.names, self.sizes, rows, strict=True):
                 tag, counts = tag_of(name) + kind, _one_copy(name, size, row)
-                filled = counts[1:-1].nonzero().flatten().tolist()
+                lost_here, counts = int(counts[0]), counts[1:]
+                filled = counts.nonzero().flatten().tolist()
                 if filled:
                     first, last = filled[0], filled[-1]
-                    found[tag] = (edges[first : last + 2].tolist(), counts[1:-1][first : last + 1].tolist())
-                if outside := int(counts[0] + counts[-1]):
-                    lost[tag] = outside
+                    found[tag] = (edges[first : last + 2].tolist(), counts[first : last + 1].tolist())
+                if lost_here:
+                    lost[tag] = lost_here
         return found, lost
 
 
@@ -74,28 +75,29 @@ class Histograms:
         sizes = _of_stages({name: parameter.numel() for name, parameter in self._own.items()}, stages)
         self._names, self._sizes = list(sizes), list(sizes.values())
         self._rows = {name: row for row, name in enumerate(self._names)}
-        self._edges = _edges()
 
     @torch.no_grad()
     def count(self) -> Counted:
         """Each rank counts its shards, and one sum over all ranks adds them up. No host sync but of counting."""
-        width = len(self._edges) + 1
-        table = torch.zeros((2, len(self._names), width), dtype=torch.float64, device=self._device)
+        table = torch.zeros((2, len(self._names), len(_edges())), dtype=torch.float64, device=self._device)
         for name, parameter in self._own.items():
             for kind, tensor in enumerate((parameter, parameter.grad)):
                 if tensor is not None:
-                    table[kind, self._rows[name]] = self._counts(_local(tensor)).to(self._device)
+                    table[kind, self._rows[name]] = _counts(_local(tensor)).to(self._device)
         dist.all_reduce(table)
         return Counted(self._names, self._sizes, table)
 
-    def _counts(self, local: Tensor) -> Tensor:
-        edges = self._edges.to(local.device)
-        counts = torch.zeros(len(edges) + 1, dtype=torch.int64, device=local.device)
-        for chunk in local.reshape(-1).split(_CHUNK):
-            # Infinities and what is no number fall before the first edge or behind the last.
-            places = torch.bucketize(chunk.float(), edges, out_int32=True, right=True)
-            counts += places.bincount(minlength=len(counts))
-        return counts
+
+def _counts(local: Tensor) -> Tensor:
+    """A row of a table."""
+    counts = torch.zeros(1 << (32 - _BITS), dtype=torch.int64, device=local.device)
+    for chunk in local.reshape(-1).split(_CHUNK):
+        places = (chunk.float().view(torch.int32) >> _BITS) & (len(counts) - 1)
+        counts += places.bincount(minlength=len(counts))
+    signs = counts.view(2, -1)  # positive and negative, each by size
+    first, last, end = (_EACH * exponent for exponent in (_SMALLEST + _BIAS, _LARGEST + _BIAS, _NO_NUMBER))
+    small, buckets, large = signs[:, :first].sum(), signs[:, first:last], signs[:, last:end].sum(1, keepdim=True)
+    return torch.cat([signs[:, end:].sum().view(1), large[1], buckets[1].flip(0), small.view(1), buckets[0], large[0]])
 
 
 def settle(device: torch.device) -> None:
