@@ -19,7 +19,8 @@ LAYERS = (
     {"config"},
     {"distributed", "observability"},
     {"data", "models", "optim", "quantization", "checkpoint", "elastic"},
-    {"assembly", "balance", "mesh_rules", "model_table", "preflight", "rates", "run_record", "staged", "trainable"},
+    {"assembly", "balance", "mesh_rules", "model_table", "preflight", "rates", "run_record", "staged", "trainable"}
+    | {"run_board"},
     {"trainer", "planner"},
     {"train"},
     {"launch", "compare", "growth", "migrate", "recipe_diff", "status", "status_text"},

@@ -429,6 +429,13 @@ def test_what_needs_torchao_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatc
         prepare_job(plan_job(recipe, [setting], 1))
 
 
+def test_what_needs_tensorboard_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan_lite.preflight.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"enable_tensorboard = true needs tensorboard, .* pip install tensorboard"):
+        prepare_job(plan_job(recipe, ["--metrics.enable_tensorboard=true"], 1))
+    prepare_job(plan_job(recipe, ["--metrics.enable_tensorboard=false"], 1))
+
+
 def test_a_plan_knows_what_the_recipe_extends_and_left_open(recipe: Path, tmp_path: Path) -> None:
     top = tmp_path / "top.toml"
     top.write_text(f'extends = "{recipe.name}"\n[training]\nglobal_batch_size = -1\n[lr_scheduler]\ntotal_steps = 90\n')

@@ -176,6 +176,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     _async_tensor_parallel_needs_accelerators(config)
     _float8_of_experts_needs_accelerators(config)
     _torchao_is_there(config)
+    _tensorboard_is_there(config)
     folders = (config.checkpoint.folder, config.metrics.save_tb_folder, config.comm.save_traces_folder)
     _make_writable(plan.folder, folders)
     _resume_needs_checkpoints_on(plan)
@@ -266,6 +267,14 @@ def _torchao_is_there(config: JobConfig) -> None:
     for setting, needed in asked.items():
         if needed and find_spec("torchao") is None:
             raise UserError(f'{setting} needs torchao, which is not installed: pip install "torchtitan-lite[torchao]"')
+
+
+def _tensorboard_is_there(config: JobConfig) -> None:
+    if config.metrics.enable_tensorboard and find_spec("tensorboard") is None:
+        raise UserError(
+            "metrics.enable_tensorboard = true needs tensorboard, which is not installed: pip install tensorboard, or "
+            "set it to false"
+        )
 
 
 def _make_writable(folder: Path, folders: Sequence[str]) -> None:

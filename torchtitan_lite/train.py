@@ -140,7 +140,9 @@ def already_finished(plan: JobPlan, step: int) -> str:
 def where_it_is(plan: JobPlan) -> str:
     """The last line: where everything was written, and how to go on."""
     metrics, steps = plan.config.metrics, plan.config.training.steps
-    tensorboard = f"; tensorboard --logdir {plan.folder / metrics.save_tb_folder}" if metrics.enable_tensorboard else ""
+    # The folder above has the other runs beside this one; a run right in the current or the top folder has it alone.
+    logdir = plan.folder.parent if plan.folder.parent.name else plan.folder
+    tensorboard = f"; tensorboard --logdir {logdir}" if metrics.enable_tensorboard else ""
     resume = f"; go on: --training.steps={2 * steps}" if plan.config.checkpoint.enable else ""
     return (
         f"all is in {plan.folder} (config.json, metrics.jsonl, events.jsonl){resume}{tensorboard}; "

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
@@ -31,14 +31,16 @@ from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSig
 from torchtitan_lite.elastic.replay import run_twice
 from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.errors import Corruption, UserError
+from torchtitan_lite.observability.histograms import Histograms, settle
 from torchtitan_lite.observability.logging import at_step
 from torchtitan_lite.observability.memory import peak_memory_gib
 from torchtitan_lite.observability.metrics import console_line
-from torchtitan_lite.observability.sinks import RunLog, TensorBoard
+from torchtitan_lite.observability.sinks import RunLog
 from torchtitan_lite.optim.gradients import clip_by_global_norm
 from torchtitan_lite.optim.optimizer import build_optimizer, set_lr
 from torchtitan_lite.preflight import JobPlan, identity
 from torchtitan_lite.rates import step_clock
+from torchtitan_lite.run_board import open_board
 from torchtitan_lite.run_record import clear_stopped, manifest_record, write_stopped
 
 logger = logging.getLogger(__name__)
@@ -63,8 +65,8 @@ class Trainer:
     """One run on one rank.
 
     Configuration: plan, config, here (this process among the others).
-    Components: model, optimizer, guard (None where no step is skipped), loader, held_out, checkpoints, cadence,
-    signals, clock, log, watchdog, stages (the ranks of its pipeline).
+    Components: model, optimizer, histograms (None without), guard (None where no step is skipped), loader, held_out,
+    checkpoints, cadence, signals, clock, log, watchdog, stages (the ranks of its pipeline).
     State: progress, saved (the step of the newest checkpoint).
     """
 
@@ -82,6 +84,9 @@ class Trainer:
         stages, seq_len = axis(mesh, "pp"), config.training.seq_len
         self.stages = None if stages is None else stages.get_group()
         self.optimizer = build_optimizer(config.optimizer, self.model.named_parameters(), plan.parallel.experts)
+        self.histograms = None
+        if config.metrics.histogram_freq:
+            self.histograms = Histograms(self.model.named_parameters(), self.stages, here.device)
         self.guard = Guard(config.faults, here.device) if config.faults.skip_nonfinite else None
         self.batch_rank = plan.dims.batch_rank(here.rank)
         masked = config.data.document_mask
@@ -117,7 +122,7 @@ class Trainer:
         with self.watchdog.paused("loading a checkpoint"):
             self._resume()
         config, last = self.config, self.config.training.steps
-        tensorboard = self._open_tensorboard()
+        self.log.board = open_board(self.plan, self.here, self.progress.step + 1)
         # Collecting whenever the interpreter likes would stall ranks at different times.
         gc.disable()
         self.clock.restart()
@@ -133,7 +138,7 @@ class Trainer:
                 self.signals.hold(signal.SIGINT)
             agreed = self._agree()
             if logged := step in (first, last) or bool(agreed.stop) or step % config.metrics.log_freq == 0:
-                self._report(result, tensorboard)
+                self._report(result)
             if step == first + 1:
                 self._tell_traffic(began_ns)
             if step == first:
@@ -146,17 +151,15 @@ class Trainer:
                 gc.collect(1)
             if row := self._too_many_skipped(newest_too=step == last or agreed.stop > 0):
                 first = self._roll_back(row)
-                tensorboard = self._open_tensorboard(tensorboard)
                 continue
             if self.held_out is not None and (step == last or step % config.validation.freq == 0) and not agreed.stop:
-                agreed = self._validate(self.held_out, tensorboard, agreed)
+                agreed = self._validate(self.held_out, agreed)
             if stop := self._save_where_due(agreed):
                 if not logged:  # told to stop since
-                    self._report(result, tensorboard)
+                    self._report(result)
                 break
         self._end(stop)
-        if tensorboard is not None:
-            tensorboard.close()
+        self._close_board("stopped" if stop else "finished")
         return stop
 
     def step(self, batches: Sequence[Batch]) -> StepResult:
@@ -165,6 +168,7 @@ class Trainer:
         set_lr(self.optimizer, rate)
         self.watchdog.beat("forward and backward")
         loss = self._forward_backward(batches)
+        self._count_values()
         self.watchdog.beat("clipping gradients")
         grad_norm = clip_by_global_norm(self.model.parameters(), self.config.training.max_norm, self.stages)
         self.watchdog.beat("optimizer step")
@@ -184,6 +188,18 @@ class Trainer:
         if step not in self.config.debug.replay_steps:
             return run()
         return run_twice(self.model, run, self.here.device, step, self.log.event)
+
+    def _count_values(self) -> None:
+        """Where it is time to, histograms of parameters and gradients as the backward leaves them. Collective."""
+        step = self.progress.step + 1
+        if self.histograms is None or step % self.config.metrics.histogram_freq:
+            return
+        self.watchdog.beat("histograms")
+        settle(self.here.device)
+        with self.clock.paused():
+            counted = self.histograms.count()
+            if self.log.board is not None:
+                self.log.board.histograms(step, counted.on_host())
 
     def _tell_plan(self) -> None:
         plan, at = self.plan, self.plan.dims.coordinate(self.here.rank)
@@ -218,7 +234,7 @@ class Trainer:
         self.clock.took_data(time.perf_counter() - started)
         return batches
 
-    def _report(self, result: StepResult, tensorboard: TensorBoard | None) -> None:
+    def _report(self, result: StepResult) -> None:
         """Sum the loss over ranks and log it with rates and memory; collective."""
         self.watchdog.beat("logging")
         loss = result.loss.double()
@@ -240,11 +256,8 @@ class Trainer:
             record |= routing_record(result.routed, self.config.moe)
         self.log.metrics(record)
         logger.info(console_line(record))
-        if tensorboard is not None:
-            scalars = {key: value for key, value in record.items() if key != "step" and type(value) in (int, float)}
-            tensorboard.write(self.progress.step, scalars)
 
-    def _validate(self, store: SampleStore, tensorboard: TensorBoard | None, agreed: Agreed) -> Agreed:
+    def _validate(self, store: SampleStore, agreed: Agreed) -> Agreed:
         """Loss on the held-out part; training's position stays where it is. Collective.
 
         Returns what ranks have agreed upon last: told to stop, they leave it unfinished.
@@ -272,8 +285,6 @@ class Trainer:
             return agreed
         self.log.event("validation", self.progress.step, loss=loss)
         logger.info("validation loss %.4f", loss)
-        if tensorboard is not None:
-            tensorboard.write(self.progress.step, {"validation_loss": loss})
         return agreed
 
     def _agree(self) -> Agreed:
@@ -340,6 +351,8 @@ class Trainer:
             self.progress, self.saved = before.progress, before.progress.step
             self.loader.position = self.progress.position
         self._went_on_from(before, "roll back", "rolled back to", **details)
+        self._close_board(None)  # another, for readers to drop the curves of what was taken back
+        self.log.board = open_board(self.plan, self.here, self.progress.step + 1)
         return 0
 
     def _take_note(self) -> None:
@@ -439,10 +452,7 @@ class Trainer:
         with self.watchdog.paused("waiting for the save in flight"):
             self.checkpoints.saver.close()
 
-    def _open_tensorboard(self, before: TensorBoard | None = None) -> TensorBoard | None:
-        if before is not None:
-            before.close()
-        section = self.config.metrics
-        if self.here.rank != 0 or not section.enable_tensorboard:
-            return None
-        return TensorBoard(self.plan.folder / section.save_tb_folder, self.progress.step + 1)
+    def _close_board(self, ended: Literal["finished", "stopped"] | None) -> None:
+        board, self.log.board = self.log.board, None
+        if board is not None:
+            board.close(ended)

@@ -191,6 +191,11 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         JobConfig(metrics=Metrics(save_tb_folder="../tb")),
         'metrics.save_tb_folder = "../tb": expected the name of a folder inside the run folder',
     ),
+    (
+        rules.histograms_need_tensorboard,
+        JobConfig(metrics=Metrics(enable_tensorboard=False, histogram_freq=10)),
+        "metrics.histogram_freq = 10: histograms go to TensorBoard, and metrics.enable_tensorboard = false; set it to",
+    ),
     *(
         (
             rules.checkpointing_option_is_op_or_a_number,
@@ -347,6 +352,8 @@ PASSED: list[tuple[Rule, JobConfig]] = [
         (rules.folders_stay_in_the_run_folder, JobConfig(checkpoint=Checkpoint(folder=folder)))
         for folder in ("checkpoint", "deep/er", ".hidden", "a..b", "...")
     ),
+    (rules.histograms_need_tensorboard, JobConfig(metrics=Metrics(histogram_freq=10))),
+    (rules.histograms_need_tensorboard, JobConfig(metrics=Metrics(enable_tensorboard=False))),
 ]
 
 

@@ -1,13 +1,11 @@
-"""What a run leaves behind: JSON lines, one a record, and TensorBoard's events."""
+"""What a run leaves behind: JSON lines, one a record."""
 
 import json
 from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing import event_file_loader
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from torchtitan_lite.observability.sinks import RunLog, TensorBoard, read_lines
+from torchtitan_lite.observability.sinks import RunLog, read_lines
 
 
 def test_a_record_is_a_line_that_is_there_at_once(tmp_path: Path) -> None:
@@ -88,60 +86,6 @@ def test_who_does_not_write_leaves_nothing_and_counts_all_the_same(tmp_path: Pat
     assert log.attempt == 2
     assert [path.name for path in tmp_path.iterdir()] == ["events.jsonl"]
     assert (tmp_path / "events.jsonl").read_bytes() == before
-
-
-def _scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    return {
-        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
-    }
-
-
-def test_tensorboard_reads_back_what_was_written(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path / "tb", first_step=1)
-    board.write(1, {"loss": 2.5, "lr": 0.125})
-    board.write(2, {"loss": 1.25})
-    board.close()
-    assert _scalars(tmp_path / "tb") == {"loss": [(1, 2.5), (2, 1.25)], "lr": [(1, 0.125)]}
-
-
-def test_tensorboard_drops_what_a_resumed_run_does_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # The readers take files in the order of the seconds in their names.
-    now = [1000.0]
-    monkeypatch.setattr("time.time", lambda: now[0])
-    for first_step, last_step, loss in ((1, 6, 4.0), (4, 8, 2.0)):
-        board = TensorBoard(tmp_path, first_step)
-        for step in range(first_step, last_step + 1):
-            board.write(step, {"loss": loss})
-        board.close()
-        now[0] += 100.0
-    assert _scalars(tmp_path)["loss"] == [(1, 4.0), (2, 4.0), (3, 4.0), *((step, 2.0) for step in range(4, 9))]
-
-
-def test_a_tensorboard_file_begins_its_session_at_the_first_step(tmp_path: Path) -> None:
-    board = TensorBoard(tmp_path, first_step=41)
-    board.write(41, {"loss": 0.5})
-    board.close()
-    (file,) = tmp_path.iterdir()
-    events = list(event_file_loader.RawEventFileLoader(str(file)).Load())
-    assert len(events) >= 2
-    sessions = [event for event in event_file_loader.EventFileLoader(str(file)).Load() if event.HasField("session_log")]
-    assert [(event.step, event.session_log.status) for event in sessions] == [(41, 1)]
-
-
-def test_a_board_without_scalars_is_closed_in_peace(tmp_path: Path) -> None:
-    TensorBoard(tmp_path, first_step=1).close()
-    assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_a_write_that_failed_is_raised_at_the_close(tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    board = TensorBoard(blocked / "tb", first_step=1)
-    board.write(1, {"loss": 1.0})
-    with pytest.raises(OSError, match="file"):
-        board.close()
 
 
 def test_a_cut_last_line_is_gone_before_the_next_record(tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def folders_stay_in_the_run_folder(config: JobConfig) -> None:
             raise UserError(f'{name} = "{folder}": expected the name of a folder inside the run folder')
 
 
+def histograms_need_tensorboard(config: JobConfig) -> None:
+    if config.metrics.histogram_freq and not config.metrics.enable_tensorboard:
+        raise UserError(
+            f"metrics.histogram_freq = {config.metrics.histogram_freq}: histograms go to TensorBoard, and "
+            "metrics.enable_tensorboard = false; set it to true, or histogram_freq to 0"
+        )
+
+
 def async_tensor_parallel_needs_compile(config: JobConfig) -> None:
     parallelism = config.parallelism
     if not parallelism.enable_async_tensor_parallel:
@@ -295,6 +303,7 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     schedule_covers_the_run,
     validation_needs_a_held_out_part,
     folders_stay_in_the_run_folder,
+    histograms_need_tensorboard,
     async_tensor_parallel_needs_compile,
     one_way_to_cut_a_pipeline,
     csv_schedule_names_a_file,

@@ -228,6 +228,9 @@ class Metrics:
     save_tb_folder: str = "tb"
     """TensorBoard folder inside the run folder."""
 
+    histogram_freq: int = setting(0, minimum=0)
+    """Steps between histograms of every parameter and its gradient in TensorBoard. 0: none."""
+
     disable_color_printing: bool = False
     """No colours in the log, on a terminal either. NO_COLOR in the environment does the same."""
 

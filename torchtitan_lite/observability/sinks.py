@@ -1,14 +1,17 @@
-"""Where a run's records go: metrics.jsonl, events.jsonl, samples.jsonl, TensorBoard. One process writes."""
+"""Where a run's records go: metrics.jsonl, events.jsonl, samples.jsonl and, where it is open, TensorBoard. One process
+writes."""
 
 import json
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.strict_json import strict_dumps
+
+if TYPE_CHECKING:
+    from torchtitan_lite.observability.tensorboard import TensorBoard
 
 LINE_FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
 
@@ -16,11 +19,13 @@ LINE_FILES = ("metrics.jsonl", "events.jsonl", "samples.jsonl")
 class RunLog:
     """The run folder's JSON lines; a line is one write and one flush, so that a killed run leaves whole lines.
 
-    writes: whether this process is the one that does. attempt: starts of this run so far, this one included.
+    writes: whether this process is the one that does. attempt: starts of this run so far, this one included. board:
+    draws them too, where it is open.
     """
 
     def __init__(self, folder: Path, writes: bool) -> None:
         self._folder, self.writes = folder, writes
+        self.board: TensorBoard | None = None
         if writes:
             for name in LINE_FILES:
                 _drop_cut_line(folder / name)
@@ -30,11 +35,15 @@ class RunLog:
 
     def metrics(self, record: dict[str, Any]) -> None:
         self._append("metrics.jsonl", {**record, "attempt": self.attempt})
+        if self.board is not None:
+            self.board.metrics(record)
 
     def event(self, event: str, step: int, **details: Any) -> None:
         self._append(
             "events.jsonl", {"event": event, "time": time.time(), "step": step, "attempt": self.attempt, **details}
         )
+        if self.board is not None:
+            self.board.event(event, step, details)
 
     def of_attempt_before(self, *names: str) -> dict[str, Any] | None:
         """The first event of the attempt before this one that has one of these names."""
@@ -80,41 +89,3 @@ def parsed(line: str | bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise UserError(f"{path}, line {number}: is not JSON; mend or remove the line")
     return record
-
-
-class TensorBoard:
-    """Scalars to TensorBoard, written by a thread of its own: importing its writer would delay the second step."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
-        self._writer: Future[Any] = self._thread.submit(_open_writer, folder, first_step)
-        self._last: Future[None] | None = None
-
-    def write(self, step: int, scalars: dict[str, float]) -> None:
-        if self._last is not None and self._last.done():
-            self._last.result()  # a write that failed is raised here, one step late
-        self._last = self._thread.submit(self._write, step, time.time(), scalars)
-
-    def close(self) -> None:
-        self._thread.submit(lambda: self._writer.result().close())
-        self._thread.shutdown(wait=True)
-        if self._last is not None:
-            self._last.result()
-
-    def _write(self, step: int, at: float, scalars: dict[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._writer.result().add_event(Event(wall_time=at, step=step, summary=Summary(value=values)))
-
-
-def _open_writer(folder: Path, first_step: int) -> Any:
-    """A writer whose readers drop what an earlier attempt logged at `first_step` or later."""
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-    writer = EventFileWriter(str(folder), flush_secs=10)
-    start = SessionLog(status=SessionLog.START)
-    writer.add_event(Event(wall_time=time.time(), step=first_step, session_log=start))
-    return writer
