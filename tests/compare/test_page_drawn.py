@@ -108,7 +108,7 @@ def test_dragging_zooms_and_two_clicks_show_all(browser: Browser, url: str) -> N
     assert page.evaluate(_TICKS) != whole
     page.evaluate("document.querySelector('.reset').click()")
     assert page.evaluate(_TICKS) == whole
-    page.click(x + 0.5 * width, y + height / 2)
+    page.drag(x + 0.5 * width, y + height / 2, x + 0.5 * width + 3, y + height / 2)
     assert page.evaluate(_TICKS) == whole, "a click is no drag"
     _silent(page, url)
 
