@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ from torchtitan_lite.observability.sinks import RunLog, TensorBoard
 from torchtitan_lite.optim.gradients import clip_by_global_norm
 from torchtitan_lite.optim.optimizer import build_optimizer, set_lr
 from torchtitan_lite.preflight import JobPlan, identity
+from torchtitan_lite.profiling.profiler import Profiler
 from torchtitan_lite.rates import step_clock
 from torchtitan_lite.run_record import clear_stopped, manifest_record, write_stopped
 
@@ -64,7 +66,7 @@ class Trainer:
 
     Configuration: plan, config, here (this process among the others).
     Components: model, optimizer, guard (None where no step is skipped), loader, held_out, checkpoints, cadence,
-    signals, clock, log, watchdog, stages (the ranks of its pipeline).
+    signals, clock, log, watchdog, profiler, stages (the ranks of its pipeline).
     State: progress, saved (the step of the newest checkpoint).
     """
 
@@ -104,6 +106,8 @@ class Trainer:
         self.cadence = Cadence(config.checkpoint.interval, config.checkpoint.interval_minutes)
         self.signals = StopSignals(config.elastic.grace_seconds)
         self.clock = step_clock(plan, here.device_name)
+        where = (plan.folder, config.training.steps, here, log)
+        self.profiler = Profiler(config.profiling, *where, self._apart, self.checkpoints.group)
         self.progress, self.saved = Progress(), 0
         float8 = config.quantize.linear.float8
         self.scales_ahead = uses_float8(config) and float8.precompute_float8_dynamic_scale_for_fsdp
@@ -126,6 +130,7 @@ class Trainer:
         while (step := self.progress.step + 1) <= last:
             at_step(step, last)
             self.watchdog.begin(step)
+            self.profiler.begin(step)
             began_ns = time.time_ns()
             result = self.step(self._next_batches(step))
             if step == first:
@@ -136,6 +141,7 @@ class Trainer:
                 self._report(result, tensorboard)
             if step == first + 1:
                 self._tell_traffic(began_ns)
+            self.profiler.ended(step, stopping=agreed.stop > 0)
             if step == first:
                 if config.compile.enable:
                     self._tell_compiled()
@@ -184,6 +190,12 @@ class Trainer:
         if step not in self.config.debug.replay_steps:
             return run()
         return run_twice(self.model, run, self.here.device, step, self.log.event)
+
+    @contextmanager
+    def _apart(self, phase: str) -> Iterator[None]:
+        """Within it no time counts as a step's, and there is no limit to it."""
+        with self.clock.paused(), self.watchdog.paused(phase):
+            yield
 
     def _tell_plan(self) -> None:
         plan, at = self.plan, self.plan.dims.coordinate(self.here.rank)
@@ -289,7 +301,7 @@ class Trainer:
         done = step == self.config.training.steps and agreed.stop != signal.SIGABRT  # of faults: to be gone on from
         ends = done or bool(agreed.stop)
         due = ends or agreed.due or self.cadence.due(step)
-        with self.clock.paused(), self.watchdog.paused("saving a checkpoint"):
+        with self._apart("saving a checkpoint"):
             if saver.in_flight and (due or agreed.written):
                 self._take_note()
             for attempt in range(3 if ends else 1):
@@ -323,7 +335,7 @@ class Trainer:
         Raises UserError where it is to stop instead (see why_stop); the last good state is then saved.
         """
         assert self.guard is not None
-        with self.clock.paused(), self.watchdog.paused("rolling back"):
+        with self._apart("rolling back"):
             row = self._too_many_skipped(newest_too=True) or row
             if self.checkpoints.saver.in_flight:
                 self._take_note()
@@ -436,6 +448,7 @@ class Trainer:
     def close(self) -> None:
         """Wait for a save in flight: it is whole or it is none, whatever ended the run."""
         self.signals.release()
+        self.profiler.close()
         with self.watchdog.paused("waiting for the save in flight"):
             self.checkpoints.saver.close()
 
