@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -106,8 +105,8 @@ class Trainer:
         self.cadence = Cadence(config.checkpoint.interval, config.checkpoint.interval_minutes)
         self.signals = StopSignals(config.elastic.grace_seconds)
         self.clock = step_clock(plan, here.device_name)
-        where = (plan.folder, config.training.steps, here, log)
-        self.profiler = Profiler(config.profiling, *where, self._apart, self.checkpoints.group)
+        profiled = (config.profiling, plan.folder, config.training.steps)
+        self.profiler = Profiler(*profiled, here, log, watchdog, self.clock, self.checkpoints.group)
         self.progress, self.saved = Progress(), 0
         float8 = config.quantize.linear.float8
         self.scales_ahead = uses_float8(config) and float8.precompute_float8_dynamic_scale_for_fsdp
@@ -190,12 +189,6 @@ class Trainer:
         if step not in self.config.debug.replay_steps:
             return run()
         return run_twice(self.model, run, self.here.device, step, self.log.event)
-
-    @contextmanager
-    def _apart(self, phase: str) -> Iterator[None]:
-        """Within it no time counts as a step's, and there is no limit to it."""
-        with self.clock.paused(), self.watchdog.paused(phase):
-            yield
 
     def _tell_plan(self) -> None:
         plan, at = self.plan, self.plan.dims.coordinate(self.here.rank)
@@ -301,7 +294,7 @@ class Trainer:
         done = step == self.config.training.steps and agreed.stop != signal.SIGABRT  # of faults: to be gone on from
         ends = done or bool(agreed.stop)
         due = ends or agreed.due or self.cadence.due(step)
-        with self._apart("saving a checkpoint"):
+        with self.clock.paused(), self.watchdog.paused("saving a checkpoint"):
             if saver.in_flight and (due or agreed.written):
                 self._take_note()
             for attempt in range(3 if ends else 1):
@@ -335,7 +328,7 @@ class Trainer:
         Raises UserError where it is to stop instead (see why_stop); the last good state is then saved.
         """
         assert self.guard is not None
-        with self._apart("rolling back"):
+        with self.clock.paused(), self.watchdog.paused("rolling back"):
             row = self._too_many_skipped(newest_too=True) or row
             if self.checkpoints.saver.in_flight:
                 self._take_note()

@@ -69,7 +69,7 @@ def _ran_out(error: str, here: Runtime, phase: str, step: int) -> str:
         peak = f"at its peak it held {used:.2f} GiB of {peak_memory_gib(device):.2f} reserved, of {total:.2f} there are"
     else:
         peak = f"at its peak the process held {peak_memory_gib(device):.2f} GiB"
-    return f"rank {here.rank} ran out of memory while {phase} at step {step}: {peak}{more}"
+    return f"rank {here.rank} ran out of memory at step {step}, {phase}: {peak}{more}"
 
 
 def _mend(config: JobConfig, device: torch.device) -> str:

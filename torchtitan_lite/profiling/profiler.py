@@ -6,8 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -18,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from torchtitan_lite.config.schema import Profiling
 from torchtitan_lite.distributed.runtime import Runtime
+from torchtitan_lite.elastic.watchdog import Watchdog
+from torchtitan_lite.observability.metrics import StepClock
 from torchtitan_lite.observability.sinks import RunLog
 from torchtitan_lite.profiling.breakdown import KINDS, STEP, step_breakdown
 from torchtitan_lite.profiling.memory import write_snapshot
@@ -32,8 +33,8 @@ _FASTEST = 1  # of gzip's levels: a tenth of the size all the same, in a quarter
 class Profiler:
     """Told by the training loop of each step's begin and end; between windows it does nothing.
 
-    steps: of the whole run. apart: a context for time that is no step's. patient: a group of all ranks on hosts, for
-    what may take long.
+    steps: of the whole run. watchdog, clock: paused while files are written. patient: a group of all ranks on hosts,
+    for what may take long.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class Profiler:
         steps: int,
         here: Runtime,
         log: RunLog,
-        apart: Callable[[str], AbstractContextManager[Any]],
+        watchdog: Watchdog,
+        clock: StepClock,
         patient: dist.ProcessGroup,
     ) -> None:
         self._section, self._folder, self._steps = section, folder, steps
-        self._here, self._log, self._apart, self._patient = here, log, apart, patient
+        self._here, self._log, self._watchdog, self._clock, self._patient = here, log, watchdog, clock, patient
         self._profile: Any = None
         self._window: Window | None = None
         self._next = 0
@@ -79,7 +81,7 @@ class Profiler:
         if self._window is not None:
             self._end_step(step, self._window)
         if snapshot:
-            with self._apart("writing a snapshot of memory"):
+            with self._clock.paused(), self._watchdog.paused("writing a snapshot of memory"):
                 write_snapshot(self._folder / self._section.save_memory_snapshot_folder, str(step), self._here.rank)
 
     def close(self) -> None:
@@ -113,7 +115,7 @@ class Profiler:
             self._next = step + 1
             return
         self._window = None
-        with self._apart("writing a trace"):
+        with self._clock.paused(), self._watchdog.paused("writing a trace"):
             self._write(window)
         self._profile = None
 
