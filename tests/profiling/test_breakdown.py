@@ -10,14 +10,8 @@ MAIN, WORKER, GPU_STREAM, NCCL_STREAM = 10, 11, 7, 20
 
 
 def _event(cat: str, name: str, begin_ms: float, end_ms: float, thread: int = MAIN) -> dict[str, Any]:
-    return {
-        "ph": "X",
-        "cat": cat,
-        "name": name,
-        "tid": thread,
-        "ts": 1000 * begin_ms,
-        "dur": 1000 * (end_ms - begin_ms),
-    }
+    times = {"ts": 1000 * begin_ms, "dur": 1000 * (end_ms - begin_ms)}
+    return {"ph": "X", "cat": cat, "name": name, "tid": thread, **times}
 
 
 def _step(number: int, begin_ms: float, end_ms: float) -> dict[str, Any]:

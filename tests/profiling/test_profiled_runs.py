@@ -126,7 +126,8 @@ def test_phases_of_both_ranks_are_on_one_clock(profiled: Path, capsys: pytest.Ca
     assert {"checkpoint", "validation", "profile", "resume"} <= names
 
     def of(rank: int, name: str, step: int) -> tuple[float, float]:
-        (one,) = (e for e in spans if (e["pid"], e["name"], e["args"]["step"]) == (rank + 1, name, step))
+        # The first of the step: ranks agree again while they validate, and after a save.
+        one = next(e for e in spans if (e["pid"], e["name"], e["args"]["step"]) == (rank + 1, name, step))
         return one["ts"] / 1e6, (one["ts"] + one["dur"]) / 1e6
 
     for step in range(2, 10):
@@ -221,7 +222,7 @@ def _train_into_a_nan(recipe: str, *overrides: str) -> list[str]:
 
     def without_gradient(self: Any, *args: Any) -> torch.Tensor:
         loss = usual(self, *args)
-        return loss + torch.sqrt(loss - loss.detach())
+        return loss + 0.0 * torch.sqrt(loss - loss.detach())
 
     class Kept(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -252,7 +253,7 @@ def test_a_nan_in_the_backward_names_the_forward(pool: RankPool, recipe: Path, t
     (told,) = pool.run(_train_into_a_nan, 1, *arguments, group=False)
     assert "debug.detect_anomaly = true looks at every gradient" in told[0]
     (traceback,) = (line for line in told if "Error detected in SqrtBackward0" in line)
-    assert "return loss + torch.sqrt(loss - loss.detach())" in traceback
+    assert "return loss + 0.0 * torch.sqrt(loss - loss.detach())" in traceback
     assert "SqrtBackward0' returned nan" in told[-1]
 
 
