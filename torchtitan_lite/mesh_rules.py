@@ -234,7 +234,7 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
     experts: whether the model has some.
     """
     parallelism, checkpoint, faults = config.parallelism, config.checkpoint, config.faults
-    checkpointing = config.activation_checkpoint
+    checkpointing, profiling = config.activation_checkpoint, config.profiling
     muon = "Muon" in {config.optimizer.name, *(group.optimizer_name for group in config.optimizer.param_groups)}
     no_experts, one_rank = "on a model without experts", "while parallelism.expert_parallel_degree = 1"
     needs: dict[str, _Needs] = {
@@ -294,6 +294,23 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
             (not experts or parallelism.expert_parallel_degree > 1, one_rank, "overlap_halves"),
         ),
         "debug": ((experts, no_experts, "moe_force_load_balance"),),
+        "profiling": (
+            (
+                profiling.enable_profiling,
+                "while profiling.enable_profiling = false",
+                "save_traces_folder profiler_active profiler_warmup",
+            ),
+            (
+                profiling.enable_profiling or profiling.enable_memory_snapshot,
+                "while profiling.enable_profiling and profiling.enable_memory_snapshot are false",
+                "profile_freq",
+            ),
+            (
+                profiling.enable_memory_snapshot,
+                "while profiling.enable_memory_snapshot = false",
+                "save_memory_snapshot_folder",
+            ),
+        ),
         "checkpoint": (
             (
                 checkpoint.enable,

@@ -21,6 +21,7 @@ from torchtitan_lite.config.schema import (
     Model,
     Optimizer,
     Parallelism,
+    Profiling,
     Training,
     Validation,
 )
@@ -116,6 +117,16 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         rules.replay_needs_determinism,
         JobConfig(debug=Debug(replay_steps=[3])),
         "debug.replay_steps = [3] compares bits, which only debug.deterministic = true repeats",
+    ),
+    (
+        rules.traced_steps_fit_their_period,
+        JobConfig(profiling=Profiling(True, profile_freq=10, profiler_warmup=8, profiler_active=3)),
+        "profiling.profiler_warmup = 8 and profiler_active = 3 take 11 steps, and profiling.profile_freq = 10 has them",
+    ),
+    (
+        rules.anomalies_are_named_in_eager_code,
+        JobConfig(debug=Debug(detect_anomaly=True), compile=Compile(enable=True)),
+        "debug.detect_anomaly = true cannot name an operation within compiled code; set compile.enable = false",
     ),
     (
         rules.one_step_to_start_from,
@@ -330,6 +341,15 @@ PASSED: list[tuple[Rule, JobConfig]] = [
         JobConfig(faults=Faults(then="roll_back"), checkpoint=Checkpoint(enable=True)),
     ),
     (rules.replay_needs_determinism, JobConfig(debug=Debug(replay_steps=[3], deterministic=True))),
+    (
+        rules.traced_steps_fit_their_period,
+        JobConfig(profiling=Profiling(True, profile_freq=10, profiler_warmup=8, profiler_active=2)),
+    ),
+    (rules.traced_steps_fit_their_period, JobConfig(profiling=Profiling(profile_freq=1))),
+    (
+        rules.anomalies_are_named_in_eager_code,
+        JobConfig(debug=Debug(detect_anomaly=True), compile=Compile(enable=True, backend="eager")),
+    ),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.only_a_text_dataset_takes_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     *(

@@ -88,6 +88,8 @@ def folders_stay_in_the_run_folder(config: JobConfig) -> None:
         ("checkpoint.folder", config.checkpoint.folder),
         ("metrics.save_tb_folder", config.metrics.save_tb_folder),
         ("comm.save_traces_folder", config.comm.save_traces_folder),
+        ("profiling.save_traces_folder", config.profiling.save_traces_folder),
+        ("profiling.save_memory_snapshot_folder", config.profiling.save_memory_snapshot_folder),
     ):
         path = PurePath(folder)
         if not folder.strip() or not path.parts or path.is_absolute() or ".." in path.parts:
@@ -198,6 +200,25 @@ def replay_needs_determinism(config: JobConfig) -> None:
         )
     if wrong := [step for step in debug.replay_steps if not 1 <= step <= steps]:
         raise UserError(f"debug.replay_steps names step {wrong[0]}, and training.steps = {steps}; valid: 1 to {steps}")
+
+
+def traced_steps_fit_their_period(config: JobConfig) -> None:
+    section = config.profiling
+    warmup, active, period = section.profiler_warmup, section.profiler_active, section.profile_freq
+    if section.enable_profiling and warmup + active > period:
+        raise UserError(
+            f"profiling.profiler_warmup = {warmup} and profiler_active = {active} take {warmup + active} steps, and "
+            f"profiling.profile_freq = {period} has them every {period}; raise it to {warmup + active} or lower them"
+        )
+
+
+def anomalies_are_named_in_eager_code(config: JobConfig) -> None:
+    """The backward of compiled code is one operation: a NaN in it would be named as that, and nothing more."""
+    if config.debug.detect_anomaly and config.compile.enable and config.compile.backend != "eager":
+        raise UserError(
+            "debug.detect_anomaly = true cannot name an operation within compiled code; set compile.enable = false, or "
+            'compile.backend = "eager"'
+        )
 
 
 def checkpointing_option_is_op_or_a_number(config: JobConfig) -> None:
@@ -313,6 +334,8 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     spikes_are_skipped_with_what_is_no_number,
     rolling_back_needs_checkpoints,
     replay_needs_determinism,
+    traced_steps_fit_their_period,
+    anomalies_are_named_in_eager_code,
     checkpointing_option_is_op_or_a_number,
     compile_has_components,
     memory_budget_is_the_compilers,
