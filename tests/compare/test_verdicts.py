@@ -58,6 +58,7 @@ def test_one_run_a_side_does_not_show_five_percent(tmp_path: Path) -> None:
     speed = pair_of(a, b)["speed"]
     assert speed["verdict"] == "no difference shown"
     assert "one run a side" in speed["told"]
+    assert speed["pairs"] == pytest.approx([speed["ratio"]])
     slow = str(write_run(tmp_path / "slow", noise=noise, step_time_s=0.6))
     assert pair_of(a, slow)["speed"]["verdict"] == "slower"
 
@@ -160,6 +161,21 @@ def test_a_run_that_crashed_halfway_is_named_and_counts_as_far_as_it_goes(tmp_pa
     assert "cut short at step 40 of 80" in record["words"]
     assert record["pairs"][0]["loss"]["verdict"] == "equal"
     assert record["pairs"][0]["loss"]["steps"] == list(range(1, 41))
+
+
+def test_a_run_that_was_cut_short_says_nothing_of_the_end_beside_whole_ones(tmp_path: Path) -> None:
+    sides = []
+    for name, overrides in (("a", ()), ("b", ("--optimizer.lr=0.0031",))):
+        sides.append(write_side(tmp_path / name, *overrides, repeats=3))
+    cut = tmp_path / "b" / "repeat-2"
+    lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:9]))
+    (cut / "events.jsonl").write_text('{"event": "start", "step": 0}\n')
+    record = compared(*sides)
+    loss = record["pairs"][0]["loss"]
+    assert loss["at_equal"]["tokens"]["spent"] == 80 * 2048
+    assert "2 repeats" in loss["told"]
+    assert record["sides"][1]["summary"]["loss"] < 5
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,12 @@ def pairs_of(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
     return [(run, others[run.seed]) for run in a if run.seed in others]
 
 
+def whole_of(runs: Sequence[Run]) -> Sequence[Run]:
+    """Those that came to their end, for what is said of the end: one that was cut short would stand for it at a step
+    where nobody asked, and where losses are higher. All where none did."""
+    return [run for run in runs if run.finished] or runs
+
+
 def spent(run: Run, along: str) -> list[float]:
     """Up to each logged step: steps, tokens, flops (of the model), or seconds (in steps)."""
     if along == "steps":

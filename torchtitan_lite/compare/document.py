@@ -10,7 +10,7 @@ from typing import Any
 
 from torchtitan_lite.compare.comparable import ground
 from torchtitan_lite.compare.conditions import Condition, judge
-from torchtitan_lite.compare.courses import reached
+from torchtitan_lite.compare.courses import reached, whole_of
 from torchtitan_lite.compare.runs import Run
 from torchtitan_lite.compare.sides import OWN, Side, Source
 from torchtitan_lite.compare.statistics import block_bootstrap
@@ -144,7 +144,7 @@ def _summary(runs: Sequence[Run], target: float | None) -> dict[str, Any]:
     spread = [time for run in runs for time in run.steady("step_time_s")]
     breakdowns = [run.breakdown for run in runs if run.breakdown]
     summary = {
-        "loss": fmean(run.final_loss() for run in runs),
+        "loss": fmean(run.final_loss() for run in whole_of(runs)),
         "validation_loss": middle([run.validation_loss for run in runs]),
         "step_time_s": median(times),
         "step_time_interval": block_bootstrap(times if len(times) > 1 else spread, of_medians=True).bounds(),

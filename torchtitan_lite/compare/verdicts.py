@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from torchtitan_lite.compare.comparable import Ground
-from torchtitan_lite.compare.courses import at_equal, ends, pairs_of
+from torchtitan_lite.compare.courses import at_equal, ends, pairs_of, whole_of
 from torchtitan_lite.compare.runs import Run, tail
 from torchtitan_lite.compare.statistics import Interval, block_bootstrap, paired_interval, unpaired_interval
 
@@ -48,19 +48,20 @@ def loss_verdict(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
     if not ground.data:
         return Loss("not comparable", f"{'; '.join(ground.told)}: the losses are of different things")
     pairs = pairs_of(a, b)
+    whole = whole_of(a), whole_of(b)
     if pairs and ground.limit is not None:
-        return _held_to_envelope(pairs, ground, at_equal(a, b))
-    return _at_the_end(a, b, pairs, ground, at_equal(a, b))
+        return _held_to_envelope(pairs, ground, at_equal(*whole))
+    return _at_the_end(*whole, ground)
 
 
 def speed_verdict(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Speed:
     """From the median step times of runs; those of a pair count together: what slowed both is in nobody's favour."""
     if not ground.hardware:
         return Speed("not comparable", "they ran on different hardware")
-    pairs, logs = pairs_of(a, b), []
+    pairs = pairs_of(a, b)
+    logs = [math.log(y.tokens_per_s() / x.tokens_per_s()) for x, y in pairs]
     rates = [[math.log(run.tokens_per_s()) for run in side] for side in (a, b)]
     if len(pairs) > 1:
-        logs = [math.log(y.tokens_per_s() / x.tokens_per_s()) for x, y in pairs]
         interval, told = paired_interval(logs).exp(), f"{len(pairs)} repeats, in pairs"
         if any(_apart_s(x, y) > _FAR_APART_S for x, y in pairs):
             told += "; some did not run side by side: what the machine did meanwhile is in the difference"
@@ -98,9 +99,8 @@ def _held_to_envelope(pairs: Sequence[tuple[Run, Run]], ground: Ground, equal: M
     return Loss("equal" if times <= 1.0 else "different", told, gap, None, most, *first, equal)
 
 
-def _at_the_end(
-    a: Sequence[Run], b: Sequence[Run], pairs: Sequence[tuple[Run, Run]], ground: Ground, equal: Mapping[str, Any]
-) -> Loss:
+def _at_the_end(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
+    pairs, equal = pairs_of(a, b), at_equal(a, b)
     _, left, right = ends(a, b, ground.along)
     steps, gaps = _gaps(*pairs[0]) if pairs and ground.along == "steps" else ([], [])
     if bad := [name for name, side in (("A", left), ("B", right)) if not all(map(math.isfinite, side))]:
