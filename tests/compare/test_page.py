@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.compare.folders import write_run
 from tests.compare.sample import HOSTILE, folders, full, told
 from torchtitan_lite.compare.curves import METRICS, POINTS, broken, chart_data, middle_of, smoothed, thinned
 from torchtitan_lite.compare.markup import Html, data, duration, number, scaled, tag
@@ -106,6 +107,14 @@ def test_what_is_not_there_takes_no_place(tmp_path: Path) -> None:
     read = Read(html(told(folders(tmp_path, 2, 1), [], None)))
     assert read.sections() == [name for name in SECTIONS if name not in ("assertions", "unfit", "target")]
     assert "full-recompute against baseline" in read.text
+
+
+def test_keys_of_sections_within_sections_are_shown(tmp_path: Path) -> None:
+    key, converters = "quantize.linear.float8.emulate", 'model.converters=["quantize.linear.float8"]'
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", f"--{converters}", f"--{key}=true")
+    settings = Read(html(told([a, b], [], None))).text.partition("Settings that differ")[2].split()
+    at = settings.index("[quantize.linear.float8]")
+    assert settings[at + 1 : at + 4] == ["emulate", "false", "true"]
 
 
 def test_the_page_of_the_file_is_the_page_of_the_record(document: dict[str, Any], own: dict[str, Any]) -> None:

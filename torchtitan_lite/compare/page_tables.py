@@ -235,7 +235,7 @@ def _columns(document: Document) -> list[str]:
 
 def _values(document: Document, name: str) -> list[Html]:
     """Of each column. Where a pair does not differ in `name`, its second side has what the first has."""
-    section, _, key = name.partition(".")
+    section, _, key = name.rpartition(".")
     found = [
         pair["config_diff"].get(section, {}).get(key) or pair["derived_diff"].get(name) for pair in document["pairs"]
     ]
