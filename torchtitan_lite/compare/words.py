@@ -23,7 +23,7 @@ def of_pair(pair: Mapping[str, Any], a: str, b: str) -> str:
 
 
 def of_all(record: Mapping[str, Any]) -> str:
-    """The paragraphs of all pairs, and what could not be compared."""
+    """A line of each pair, and what could not be compared."""
     parts = [pair["words"] for pair in record["pairs"]]
     if not parts:
         parts = ["Nothing could be compared: there are no two sides with a run that has logged a step."]
@@ -34,7 +34,7 @@ def of_all(record: Mapping[str, Any]) -> str:
     parts += [f"Not compared: {each['source']}: {each['told']}." for each in record["failed"]]
     if record["refused"]:
         parts.append(f"{len(record['refused'])} combinations were refused.")
-    return " ".join(parts)
+    return "\n".join(parts)
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
