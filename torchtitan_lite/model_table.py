@@ -1,6 +1,7 @@
 """The plan of an assembled model as a table: what was split how, gathered with what, and what else was done to it."""
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -113,12 +114,14 @@ def _pattern(name: str) -> str:
 
 def _unit_names(model: nn.Module) -> dict[int, str]:
     """By the identity of its state: modules that are gathered together share one."""
-    names: dict[int, str] = {}
+    patterns: dict[int, Counter[str]] = defaultdict(Counter)
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
-            state = id(fully_shard.state(module))  # type: ignore[attr-defined]
-            names[state] = f"{names[state]} + {_pattern(name)}" if state in names else _pattern(name)
-    return names
+            patterns[id(fully_shard.state(module))][_pattern(name)] += 1  # type: ignore[attr-defined]
+    return {
+        state: " + ".join(f"{count} {each}" if count > 1 else each for each, count in counts.items())
+        for state, counts in patterns.items()
+    }
 
 
 def _split(parameter: Tensor) -> tuple[str, bool]:

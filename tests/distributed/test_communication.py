@@ -3,15 +3,17 @@
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import RankPool
 from tests.tiny import DEEP_LLAMA, write_recipe
 from torchtitan_lite.data.loader import Batch
-from torchtitan_lite.distributed import gloo
+from torchtitan_lite.distributed import data_parallel, gloo
 
 BLOCKS = DEEP_LLAMA.flavors["untied"].n_layers
 UNITS = BLOCKS + 2  # embedding; norm and output
@@ -44,8 +46,10 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _counted(recipe: str, arguments: list[str], microbatches: int) -> tuple[dict[str, int], list[Any]]:
-    """Collectives of a second step's forward and backward on this rank."""
+def _counted(
+    recipe: str, arguments: list[str], microbatches: int, together: int = 0
+) -> tuple[dict[str, int], list[Any]]:
+    """Collectives of a second step's forward and backward on this rank. together: bytes of blocks that are one unit."""
     import torch.distributed as dist
 
     from torchtitan_lite.assembly import Recipe, assemble
@@ -54,7 +58,8 @@ def _counted(recipe: str, arguments: list[str], microbatches: int) -> tuple[dict
 
     plan = plan_job(recipe, arguments, dist.get_world_size())
     parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
-    model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), dist.get_rank())
+    with patch.object(data_parallel, "_TOGETHER", together):
+        model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), dist.get_rank())
     rows = torch.randint(VOCABULARY, (1, plan.config.training.seq_len + 1))
     batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())] * microbatches
     model.forward_backward(batches)
@@ -90,6 +95,32 @@ def test_parameters_that_are_kept_are_gathered_once_a_step_and_freed_ones_twice_
             assert counts["all_gather"] == gathers, policy
 
 
+def test_small_blocks_are_gathered_and_reduced_together(pool: RankPool, recipe: str) -> None:
+    block = 4 * sum(parameter.numel() for parameter in _meta().layers["0"].parameters())
+    for blocks, units in ((1, UNITS), (3, 2 + 3), (BLOCKS, 2 + 1)):
+        together = blocks * block
+        for counts, _ in pool.run(_counted, 2, recipe, [_RESHARD + "always"], 1, together):
+            assert counts["all_gather"] == 2 * units - 1
+            assert counts["all_to_all"] == units
+        for counts, _ in pool.run(_counted, 2, recipe, [_RESHARD + "always"], 1, together - 1):
+            assert (counts["all_to_all"] > units) == (blocks > 1)
+
+
+def _meta() -> Any:
+    with torch.device("meta"):
+        return DEEP_LLAMA.build(DEEP_LLAMA.flavors["untied"])
+
+
+def test_groups_of_blocks_keep_their_order_and_are_of_about_as_many() -> None:
+    blocks = [[nn.Linear(10, 10, bias=False, device="meta")] for _ in range(7)]
+    with patch.object(data_parallel, "_TOGETHER", 3 * 400):
+        groups = data_parallel.joined(blocks, 4)
+        assert [len(group) for group in groups] == [2, 2, 3]
+        assert [module for group in groups for module in group] == [unit[0] for unit in blocks]
+        assert [len(group) for group in data_parallel.joined(blocks, 2)] == [3, 4]
+        assert data_parallel.joined([], 4) == []
+
+
 def test_replicas_are_reduced_in_the_last_micro_batch_only(pool: RankPool, recipe: str) -> None:
     for counts, _ in pool.run(_counted, 2, recipe, _DDP, 3):
         assert counts["all_reduce"] == UNITS
@@ -105,9 +136,9 @@ def _exchanges_and_sums(recipe: str) -> list[str]:
     """The order in which a step of two micro-batches starts FSDP's exchanges (x) and takes their sums (s)."""
     order: list[str] = []
     exchange, sum_up = torch.distributed.all_to_all_single, gloo._sum_up
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.distributed, "all_to_all_single", lambda *a, **k: (order.append("x"), exchange(*a, **k))[1])
-        patch.setattr(gloo, "_sum_up", lambda *a: (order.append("s"), sum_up(*a))[1])
+    with pytest.MonkeyPatch.context() as watch:
+        watch.setattr(torch.distributed, "all_to_all_single", lambda *a, **k: (order.append("x"), exchange(*a, **k))[1])
+        watch.setattr(gloo, "_sum_up", lambda *a: (order.append("s"), sum_up(*a))[1])
         _counted(recipe, [], 2)
     return order[: len(order) // 2]
 

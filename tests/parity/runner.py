@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -20,6 +21,7 @@ from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.optim.loss import IGNORE
 
 STEPS = 12
+_TOGETHER = 900_000  # of the models' blocks: two or more to a unit, two or more units
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +225,7 @@ def _train(
     saw of choices, samples of a step and their length."""
     # Whole gradients are put together here and nowhere else; how many collectives that takes does not matter.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    with within():
+    with within(), patch("torchtitan_lite.distributed.data_parallel._TOGETHER", _TOGETHER):
         return _trained(recipe, arguments, steps)
 
 

@@ -4,6 +4,7 @@ DDP is the case of one shard: every rank holds all parameters and gradients are 
 gives all of them the same names, dtypes and reductions (docs/decisions/0003-data-parallel.md).
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -19,14 +20,17 @@ from torchtitan_lite.distributed.gloo import communicate_while_computing
 from torchtitan_lite.distributed.units import matches, unit_modules
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# What blocks that are gathered together hold at most, in bytes of parameters in use. Of less, a collective's own time
+# and ranks' wait for each other in it count for more than what is sent (docs/decisions/0014-small-blocks.md).
+_TOGETHER = 16 * 2**20
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """units: as ParallelPlan.fsdp_units. param_dtype, reduce_dtype: of parameters in use and of gradient sums.
-    reshard_after_forward: free a unit's parameters between its forward and its backward. cpu_offload: keep shards,
-    gradients and optimizer state in host memory. moe: pattern of the mixtures, whose experts are sharded over axes of
-    their own, and whose routers stay in float32."""
+    """units: as ParallelPlan.fsdp_units; small blocks are taken together. param_dtype, reduce_dtype: of parameters in
+    use and of gradient sums. reshard_after_forward: free a unit's parameters between its forward and its backward.
+    cpu_offload: keep shards, gradients and optimizer state in host memory. moe: pattern of the mixtures, whose experts
+    are sharded over axes of their own, and whose routers stay in float32."""
 
     units: tuple[tuple[str, ...], ...]
     param_dtype: Literal["bfloat16", "float32"]
@@ -48,7 +52,8 @@ def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan, expe
     exact = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
     # Pinned memory lets copies overlap; a machine without accelerators has none and copies nothing.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if plan.cpu_offload else OffloadPolicy()
-    units = list(unit_modules(model, plan.units))
+    itemsize = _DTYPES[plan.param_dtype].itemsize
+    units = [unit for name in plan.units for unit in joined(list(unit_modules(model, (name,))), itemsize)]
     # The last unit's backward comes right after its forward: freeing it would gather it twice.
     kept = {module for part in (units[-1] if units else []) for module in part.modules()}
 
@@ -93,6 +98,23 @@ def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
     model.set_requires_all_reduce(last)
     # Kept through the step's backwards too, or the next micro-batch would gather them again.
     model.set_reshard_after_backward(last or not whole)
+
+
+def joined(units: list[list[nn.Module]], itemsize: int) -> list[list[nn.Module]]:
+    """Neighbours among `units` that hold _TOGETHER at most, as one each, all of about as many. itemsize: bytes of an
+    element."""
+    largest = max((_elements(unit) * itemsize for unit in units), default=0)
+    if not largest:
+        return units
+    groups = math.ceil(len(units) / max(1, _TOGETHER // largest))
+    cuts = [len(units) * index // groups for index in range(groups + 1)]
+    return [[module for unit in units[begin:end] for module in unit] for begin, end in pairwise(cuts)]
+
+
+def _elements(unit: list[nn.Module]) -> int:
+    """Of the parameters that are gathered: of what tensor parallelism has left of them."""
+    every = (parameter for module in unit for parameter in module.parameters())
+    return sum((each.to_local() if isinstance(each, DTensor) else each).numel() for each in every)
 
 
 def _expert_shards(parameter: nn.Parameter, ranks: int) -> Shard:
