@@ -95,30 +95,23 @@ def test_parameters_that_are_kept_are_gathered_once_a_step_and_freed_ones_twice_
             assert counts["all_gather"] == gathers, policy
 
 
-def test_small_blocks_are_gathered_and_reduced_together(pool: RankPool, recipe: str) -> None:
-    block = 4 * sum(parameter.numel() for parameter in _meta().layers["0"].parameters())
-    for blocks, units in ((1, UNITS), (3, 2 + 3), (BLOCKS, 2 + 1)):
-        together = blocks * block
+def test_small_units_are_gathered_and_reduced_together(pool: RankPool, recipe: str) -> None:
+    with torch.device("meta"):
+        model = DEEP_LLAMA.build(DEEP_LLAMA.flavors["untied"])
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    for together, units in ((whole, 1), (whole - 1, 2), (whole // 3, 4)):
         for counts, _ in pool.run(_counted, 2, recipe, [_RESHARD + "always"], 1, together):
             assert counts["all_gather"] == 2 * units - 1
             assert counts["all_to_all"] == units
-        for counts, _ in pool.run(_counted, 2, recipe, [_RESHARD + "always"], 1, together - 1):
-            assert (counts["all_to_all"] > units) == (blocks > 1)
 
 
-def _meta() -> Any:
-    with torch.device("meta"):
-        return DEEP_LLAMA.build(DEEP_LLAMA.flavors["untied"])
-
-
-def test_groups_of_blocks_keep_their_order_and_are_of_about_as_many() -> None:
-    blocks = [[nn.Linear(10, 10, bias=False, device="meta")] for _ in range(7)]
-    with patch.object(data_parallel, "_TOGETHER", 3 * 400):
-        groups = data_parallel.joined(blocks, 4)
-        assert [len(group) for group in groups] == [2, 2, 3]
-        assert [module for group in groups for module in group] == [unit[0] for unit in blocks]
-        assert [len(group) for group in data_parallel.joined(blocks, 2)] == [3, 4]
-        assert data_parallel.joined([], 4) == []
+def test_units_are_joined_from_the_end_and_in_order() -> None:
+    units = [[nn.Linear(10, size, bias=False, device="meta")] for size in (1, 2, 2, 30, 2, 2)]
+    for most, sizes in ((0, [1] * 6), (39, [2, 1, 1, 2]), (50, [3, 1, 2]), (340, [2, 4]), (390, [6])):
+        groups = data_parallel.joined(units, most)
+        assert [len(group) for group in groups] == sizes, most
+        assert [module for group in groups for module in group] == [unit[0] for unit in units]
+    assert data_parallel.joined([], 4) == []
 
 
 def test_replicas_are_reduced_in_the_last_micro_batch_only(pool: RankPool, recipe: str) -> None:

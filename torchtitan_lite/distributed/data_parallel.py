@@ -4,7 +4,6 @@ DDP is the case of one shard: every rank holds all parameters and gradients are 
 gives all of them the same names, dtypes and reductions (docs/decisions/0003-data-parallel.md).
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -20,14 +19,15 @@ from torchtitan_lite.distributed.gloo import communicate_while_computing
 from torchtitan_lite.distributed.units import matches, unit_modules
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-# What blocks that are gathered together hold at most, in bytes of parameters in use. Of less, a collective's own time
-# and ranks' wait for each other in it count for more than what is sent (docs/decisions/0014-small-blocks.md).
-_TOGETHER = 16 * 2**20
+# What units that are gathered together hold at most, in bytes of parameters in use; the size of DDP's buckets. Of less,
+# a collective's own time and ranks' wait for each other in it count for more than what is sent
+# (docs/decisions/0014-small-units.md).
+_TOGETHER = 25 * 2**20
 
 
 @dataclass(frozen=True)
 class DataPlan:
-    """units: as ParallelPlan.fsdp_units; small blocks are taken together. param_dtype, reduce_dtype: of parameters in
+    """units: as ParallelPlan.fsdp_units; small ones are taken together. param_dtype, reduce_dtype: of parameters in
     use and of gradient sums. reshard_after_forward: free a unit's parameters between its forward and its backward.
     cpu_offload: keep shards, gradients and optimizer state in host memory. moe: pattern of the mixtures, whose experts
     are sharded over axes of their own, and whose routers stay in float32."""
@@ -52,8 +52,7 @@ def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan, expe
     exact = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
     # Pinned memory lets copies overlap; a machine without accelerators has none and copies nothing.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if plan.cpu_offload else OffloadPolicy()
-    itemsize = _DTYPES[plan.param_dtype].itemsize
-    units = [unit for name in plan.units for unit in joined(list(unit_modules(model, (name,))), itemsize)]
+    units = joined(list(unit_modules(model, plan.units)), _TOGETHER // _DTYPES[plan.param_dtype].itemsize)
     # The last unit's backward comes right after its forward: freeing it would gather it twice.
     kept = {module for part in (units[-1] if units else []) for module in part.modules()}
 
@@ -100,15 +99,20 @@ def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
     model.set_reshard_after_backward(last or not whole)
 
 
-def joined(units: list[list[nn.Module]], itemsize: int) -> list[list[nn.Module]]:
-    """Neighbours among `units` that hold _TOGETHER at most, as one each, all of about as many. itemsize: bytes of an
-    element."""
-    largest = max((_elements(unit) * itemsize for unit in units), default=0)
-    if not largest:
-        return units
-    groups = math.ceil(len(units) / max(1, _TOGETHER // largest))
-    cuts = [len(units) * index // groups for index in range(groups + 1)]
-    return [[module for unit in units[begin:end] for module in unit] for begin, end in pairwise(cuts)]
+def joined(units: list[list[nn.Module]], most: int) -> list[list[nn.Module]]:
+    """Neighbours among `units` that hold `most` elements at most, as one each; from the end, for the last one is kept
+    from its forward to its backward."""
+    groups: list[list[nn.Module]] = []
+    room = 0
+    for unit in reversed(units):
+        size = _elements(unit)
+        if groups and size <= room:
+            groups[-1] = [*unit, *groups[-1]]
+        else:
+            groups.append(unit)
+            room = most
+        room -= size
+    return groups[::-1]
 
 
 def _elements(unit: list[nn.Module]) -> int:
