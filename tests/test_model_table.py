@@ -1,6 +1,8 @@
 """The table of a model's plan says what the modules are, whatever was asked for."""
 
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ from tests.ranks import RankPool
 from tests.tiny import write_recipe
 
 
-def _told(recipe: str, *overrides: str) -> str:
+def _told(recipe: str, *overrides: str, together: int = 0) -> str:
+    """together: bytes of small units that are joined."""
     import torch.distributed as dist
 
     from torchtitan_lite.assembly import Recipe, assemble
+    from torchtitan_lite.distributed import data_parallel
     from torchtitan_lite.distributed.mesh import build_mesh
     from torchtitan_lite.model_table import told
     from torchtitan_lite.preflight import plan_job
@@ -20,7 +24,8 @@ def _told(recipe: str, *overrides: str) -> str:
     rank = dist.get_rank()
     plan = plan_job(recipe, overrides, dist.get_world_size())
     parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
-    model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), rank)
+    with patch.object(data_parallel, "_TOGETHER", together):
+        model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), rank)
     stages = [] if plan.pipeline is None else plan.pipeline.stages_of(plan.dims.coordinate(rank)["pp"])
     of = 0 if plan.pipeline is None else len(plan.pipeline.stages)
     return told(model.parts, plan.parallel, plan.config.activation_checkpoint, stages, of)
@@ -56,11 +61,19 @@ def test_what_was_split_and_gathered_how(pool: RankPool, recipe: Path) -> None:
     text = pool.run(_told, 4, str(recipe), *settings)[0]
     lines = [line for line in text.splitlines() if "attention.wo" in line]
     assert [" ".join(line.split()) for line in lines] == [
-        f"layers.*.attention.wo {of} dp_shard 2 on dim 0, tp 2 on dim 1 rows 3 layers.* float32 as bfloat16{extra}"
+        f"layers.*.attention.wo {of} dp_shard 2 on dim 0, tp 2 on dim 1 rows layers.* float32 as bfloat16{extra}"
         for of, extra in (("2 8,192", ""), ("1 4,096", " recomputed"))
     ]
     norm = " ".join(_cells(text)["norm"])
     assert norm == "1 64 dp_shard 2 on dim 0, tp 2 copies sequence norm + output float32 as bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("together", "unit"), [(400_000, "tok_embeddings + layers.*"), (2**20, "tok_embeddings … output")]
+)
+def test_units_that_were_joined_are_named(pool: RankPool, recipe: Path, together: int, unit: str) -> None:
+    text = pool.run(partial(_told, together=together), 2, str(recipe))[0]
+    assert unit in next(line for line in text.splitlines() if "attention.wo" in line)
 
 
 def test_a_pipeline_stage_tells_its_own_part(pool: RankPool, recipe: Path) -> None:

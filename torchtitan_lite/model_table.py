@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -118,10 +118,12 @@ def _unit_names(model: nn.Module) -> dict[int, str]:
     for name, module in model.named_modules():
         if isinstance(module, FSDPModule):
             patterns[id(fully_shard.state(module))][_pattern(name)] += 1  # type: ignore[attr-defined]
-    return {
-        state: " + ".join(f"{count} {each}" if count > 1 else each for each, count in counts.items())
-        for state, counts in patterns.items()
-    }
+    return {state: _joined(found) for state, found in patterns.items()}
+
+
+def _joined(counts: Mapping[str, int]) -> str:
+    names = [f"{count} {each}" if count > 1 else each for each, count in counts.items()]
+    return " + ".join(names) if len(names) < 3 else f"{names[0]} … {names[-1]}"
 
 
 def _split(parameter: Tensor) -> tuple[str, bool]:

@@ -107,7 +107,14 @@ def test_small_units_are_gathered_and_reduced_together(pool: RankPool, recipe: s
 
 def test_units_are_joined_from_the_end_and_in_order() -> None:
     units = [[nn.Linear(10, size, bias=False, device="meta")] for size in (1, 2, 2, 30, 2, 2)]
-    for most, sizes in ((0, [1] * 6), (39, [2, 1, 1, 2]), (50, [3, 1, 2]), (340, [2, 4]), (390, [6])):
+    for most, sizes in (
+        (0, [1] * 6),
+        (39, [2, 1, 1, 1, 1]),
+        (50, [3, 1, 2]),
+        (330, [2, 2, 2]),
+        (340, [3, 3]),
+        (390, [6]),
+    ):
         groups = data_parallel.joined(units, most)
         assert [len(group) for group in groups] == sizes, most
         assert [module for group in groups for module in group] == [unit[0] for unit in units]
@@ -166,7 +173,8 @@ def _prefetched(recipe: str) -> list[tuple[int, int]]:
 
     plan = plan_job(recipe, [], 2)
     parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
-    model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), 0)
+    with patch.object(data_parallel, "_TOGETHER", 0):
+        model = assemble(parts, build_mesh(plan.dims, "cpu"), torch.device("cpu"), 0)
     blocks = model.parts[0].get_submodule("layers").children()
     states = [block._get_fsdp_state() for block in blocks if isinstance(block, FSDPModule)]
     return [(len(s._states_to_forward_prefetch), len(s._states_to_backward_prefetch)) for s in states]
