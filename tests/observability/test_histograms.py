@@ -229,3 +229,27 @@ def test_turning_everything_on_changes_no_bit(pool: RankPool, recipe: Path, tmp_
     assert {"final/tps", "validation_metrics/loss", "memory/max_resident(GiB)", "n_tokens_seen"} <= set(curves)
     assert "mfu(%)" not in curves  # unknown on a CPU
     assert set(histograms(shown / "tb")["norm/weight"]) == set(range(1, 7))
+
+
+def test_gradients_are_shown_as_they_are_before_clipping(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    asked = ("--training.steps=1", "--metrics.enable_tensorboard=true", "--metrics.histogram_freq=1")
+    found = []
+    for norm in ("1e-3", "1e9"):
+        folder = _run(pool, 1, recipe, tmp_path / norm, *asked, f"--training.max_norm={norm}")
+        assert read_lines(folder / "metrics.jsonl")[0]["grad_norm"] > 1e-2
+        found.append(histograms(folder / "tb"))
+    assert found[0] == found[1]
+
+
+def test_parameters_that_are_gathered_in_float8_are_shown_as_they_are_kept(
+    pool: RankPool, recipe: Path, tmp_path: Path
+) -> None:
+    prefix = "--quantize.linear.float8"
+    float8 = ('--model.converters=["quantize.linear.float8"]', f"{prefix}.emulate=true")
+    gathered = f"{prefix}.enable_fsdp_float8_all_gather=true"
+    asked = (*float8, "--training.steps=1", "--metrics.enable_tensorboard=true", "--metrics.histogram_freq=1")
+    alone = histograms(_run(pool, 1, recipe, tmp_path / "alone", *asked) / "tb")
+    found = histograms(_run(pool, 2, recipe, tmp_path / "spread", *asked, gathered) / "tb")
+    parameters = {tag for tag in alone if "(gradient)" not in tag}
+    assert {tag: found[tag] for tag in parameters} == {tag: alone[tag] for tag in parameters}
+    assert set(found) == set(alone)
