@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -30,11 +31,16 @@ class RankError(AssertionError):
     """A rank raised, died or did not come back; the message names it."""
 
 
+class _BrokenHeapError(RankError):
+    """A rank process that had served other runs died of what they, or a library, had done to its memory."""
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
     connection: Connection
     stacks: Path  # where it writes the stacks of its threads on SIGUSR1
+    served: int = 0  # runs
 
 
 class RankPool:
@@ -49,6 +55,7 @@ class RankPool:
         self._context = multiprocessing.get_context("spawn")
         self._workers: dict[int, _Worker] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._repeated = False
 
     def run(
         self, function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0, group: bool = True
@@ -56,9 +63,26 @@ class RankPool:
         """Results of `function(*args)` on ranks 0 ... ranks - 1.
 
         group: with a gloo process group up; without, the environment is as torchrun leaves it. Raises RankError
-        with the traceback of the rank that failed first, or with the stacks of those that hang.
+        with the traceback of the rank that failed first, or with the stacks of those that hang. A process that dies of
+        SIGSEGV or SIGABRT after other runs may do so for their sake: once in a session the run is repeated, with a
+        warning, by new processes, which have no such excuse.
         """
         assert ranks <= self.max_ranks, f"{ranks} ranks asked for, --max-ranks is {self.max_ranks}"
+        try:
+            return self._run(function, ranks, args, timeout, group)
+        except _BrokenHeapError as error:
+            if self._repeated:
+                raise
+            self._repeated = True
+            warnings.warn(f"repeated in new processes, once in a session: {error}", stacklevel=2)
+            for worker in self._workers.values():
+                worker.process.kill()
+                worker.process.join()
+            return self._run(function, ranks, args, timeout, group)
+
+    def _run(
+        self, function: Callable[..., Any], ranks: int, args: tuple[Any, ...], timeout: float, group: bool
+    ) -> list[Any]:
         from torch.distributed import TCPStore
 
         self._start(ranks)
@@ -75,6 +99,7 @@ class RankPool:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's, as under torchrun
             }
             worker.connection.send((function, args, environment, group, timeout))
+            worker.served += 1
         return self._collect(workers, getattr(function, "__name__", str(function)), timeout)
 
     def close(self) -> None:
@@ -117,6 +142,7 @@ class RankPool:
         results: dict[int, Any] = {}
         failures: list[tuple[float, str]] = []  # (when it was raised, what)
         deadline = time.monotonic() + timeout
+        broken = False
         while len(results) < len(workers) and (left := deadline - time.monotonic()) > 0:
             waiting = {worker.connection: rank for rank, worker in enumerate(workers) if rank not in results}
             for connection in wait(list(waiting), timeout=left):
@@ -125,7 +151,9 @@ class RankPool:
                     failed_at, value = connection.recv()  # type: ignore[union-attr]
                 except EOFError:
                     workers[rank].process.join(_GRACE_S)
-                    failed_at, value = 0.0, f"the process died with exit code {workers[rank].process.exitcode}"
+                    code = workers[rank].process.exitcode
+                    failed_at, value = 0.0, f"the process died with exit code {code}"
+                    broken = broken or (code in (-signal.SIGSEGV, -signal.SIGABRT) and workers[rank].served > 1)
                 results[rank] = value
                 if failed_at is not None:
                     failures.append((failed_at, f"{name}: rank {rank} of {len(workers)} failed:\n{value}"))
@@ -140,7 +168,7 @@ class RankPool:
             ]
         if failures:
             # The first to fail is the cause; the others lost their peer.
-            raise RankError(min(failures)[1])
+            raise (_BrokenHeapError if broken else RankError)(min(failures)[1])
         return [results[rank] for rank in range(len(workers))]
 
     def _stacks(self, worker: _Worker) -> str:

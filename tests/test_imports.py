@@ -18,7 +18,7 @@ LAYERS = (
     {"errors", "files", "strict_json", ""},
     {"config"},
     {"distributed", "observability"},
-    {"data", "models", "optim", "quantization", "checkpoint", "elastic"},
+    {"data", "models", "optim", "quantization", "checkpoint", "elastic", "profiling"},
     {"assembly", "balance", "mesh_rules", "model_table", "preflight", "rates", "run_record", "staged", "trainable"}
     | {"run_board"},
     {"trainer", "planner"},

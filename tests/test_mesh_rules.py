@@ -177,6 +177,9 @@ def test_experts_are_shards_under_tensor_parallelism_alone(recipe: Path) -> None
 def test_what_has_no_effect_is_said(recipe: Path) -> None:
     idle = {
         "--optimizer.momentum=0.9": "optimizer.momentum = 0.9 has no effect without Muon",
+        "--profiling.profiler_active=2": "profiler_active = 2 has no effect while profiling.enable_profiling = false",
+        "--profiling.profile_freq=5": "has no effect while profiling.enable_profiling and profiling.enable_memory_sna",
+        "--profiling.save_memory_snapshot_folder=m": "has no effect while profiling.enable_memory_snapshot = false",
         "--checkpoint.strict=true": "checkpoint.strict = True has no effect while checkpoint.enable = false",
         "--checkpoint.load_step=5": "checkpoint.load_step = 5 has no effect while checkpoint.enable = false",
         "--checkpoint.initial_load_model_only=false": "has no effect while checkpoint.initial_load_path is empty",

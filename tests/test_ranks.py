@@ -56,6 +56,32 @@ def test_a_death_names_the_rank(pool: RankPool) -> None:
     assert len(pool.run(_sum_of_ranks, 2)) == 2
 
 
+def _abort_after(served: Path) -> None:
+    """Dies in a process that has served a run before."""
+    seen = served / str(os.getpid())
+    if seen.exists():
+        os.abort()
+
+
+def _note(served: Path) -> None:
+    (served / str(os.getpid())).touch()
+
+
+def test_a_broken_heap_is_told_and_the_run_repeated_once(tmp_path: Path) -> None:
+    pool = RankPool(1)
+    try:
+        pool.run(_note, 1, tmp_path, group=False)
+        with pytest.warns(UserWarning, match="repeated in new processes, once in a session: _abort_after: rank 0 of 1"):
+            pool.run(_abort_after, 1, tmp_path, group=False)
+        pool.run(_note, 1, tmp_path, group=False)
+        with pytest.raises(RankError, match="exit code -6"):
+            pool.run(_abort_after, 1, tmp_path, group=False)
+        with pytest.raises(RankError, match="exit code -6"):  # a new process has no excuse
+            pool.run(os.abort, 1, group=False)
+    finally:
+        pool.close()
+
+
 def _redistributes(axis: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
-from torchtitan_lite.config.resolution import uses_float8
+from torchtitan_lite.config.resolution import uses_float8, uses_grouped_float8
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.activation_checkpoint import apply_activation_checkpoint
 from torchtitan_lite.distributed.compile import apply_compile, compiled_loss
@@ -109,6 +109,10 @@ def _built(recipe: Recipe, stage: int | None) -> nn.Module:
         from torchtitan_lite.quantization.float8 import require_filters
 
         require_filters(module, recipe.config.quantize.linear.float8)
+    if uses_grouped_float8(recipe.config):
+        from torchtitan_lite.quantization.grouped import require_named_experts
+
+        require_named_experts(module, recipe.config.quantize.grouped_mm.float8)
     if stage is not None and recipe.pipeline is not None:
         # Stages before techniques: none of them then works on what another rank holds.
         take_out_other_stages(module, units, recipe.pipeline.stages[stage])
@@ -126,13 +130,17 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
     if config.training.loss_chunks > 1 and plan.head is not None:
         part = compiled_loss(loss_and_gradient, config.compile)
         apply_chunked_loss(module, plan.head, config.training.loss_chunks, part)
-    # Layers that tensor parallelism then splits, and FSDP gathers in float8.
+    # Layers that tensor parallelism then splits, and FSDP gathers in float8; experts that are then shared out.
     float8 = config.quantize.linear.float8
     if uses_float8(config):
         # Here, as below: torchao takes a second to import.
         from torchtitan_lite.quantization.float8 import apply_float8
 
         apply_float8(module, float8, device)
+    if uses_grouped_float8(config):
+        from torchtitan_lite.quantization.grouped import apply_grouped_float8
+
+        apply_grouped_float8(module, config.quantize.grouped_mm.float8, device)
     # Splits matrices, before FSDP shards what is left of them.
     if tensor is not None and plan.tensor is not None:
         if config.parallelism.enable_async_tensor_parallel:

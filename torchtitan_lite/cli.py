@@ -69,6 +69,10 @@ def _parser() -> _Parser:
     status.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several make a table")
     status.add_argument("--once", action="store_true", help="print it once, as where the output is no terminal")
     status.add_argument("--json", action="store_true", help="one JSON document on stdout, once")
+    trace = command(commands, "trace", _trace, "put the phases of a run's ranks into one Chrome trace", "none")
+    trace.add_argument("run_folder", metavar="RUN", help="a run folder, of a run with profiling.phases = true")
+    trace.add_argument("--out", metavar="FILE", help="where to write it; phases/trace.json in the run folder")
+    trace.add_argument("--json", action="store_true", help="one JSON document on stdout")
     compare = command(
         commands, "compare", _compare, "run recipes in turns and say what differs, and by how much", "none"
     )
@@ -158,6 +162,12 @@ def _status(options: argparse.Namespace, _: list[str]) -> int:
     from torchtitan_lite import status
 
     return status.run(options.runs, as_json=options.json, once=options.once)
+
+
+def _trace(options: argparse.Namespace, _: list[str]) -> int:
+    from torchtitan_lite.profiling import merge
+
+    return merge.run(options.run_folder, options.out, as_json=options.json)
 
 
 def _compare(options: argparse.Namespace, _: list[str]) -> int:

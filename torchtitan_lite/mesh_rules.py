@@ -9,7 +9,7 @@ from math import ceil, floor, gcd, lcm, log10
 from operator import attrgetter
 from typing import Any
 
-from torchtitan_lite.config.resolution import uses_float8
+from torchtitan_lite.config.resolution import uses_float8, uses_grouped_float8
 from torchtitan_lite.config.schema import JobConfig
 from torchtitan_lite.distributed.parallel_dims import ParallelDims, divisors
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
@@ -185,6 +185,13 @@ def float8_gathers_need_shards(case: Case) -> None:
         )
 
 
+def float8_of_experts_needs_experts(case: Case) -> None:
+    if uses_grouped_float8(case.config) and case.plan.experts is None:
+        raise UserError(
+            f'model.converters: {case.model} has no experts for "quantize.grouped_mm.float8"; take it out of the list'
+        )
+
+
 def reshard_needs_shards(case: Case) -> None:
     policy = case.config.parallelism.fsdp_reshard_after_forward
     shards = case.dims.dp_shard * case.dims.cp
@@ -213,6 +220,7 @@ RULES: tuple[Callable[[Case], None], ...] = (
     checkpointing_needs_blocks,
     chunked_loss_needs_a_head,
     float8_gathers_need_shards,
+    float8_of_experts_needs_experts,
     reshard_needs_shards,
 )
 
@@ -226,7 +234,7 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
     experts: whether the model has some.
     """
     parallelism, checkpoint, faults = config.parallelism, config.checkpoint, config.faults
-    checkpointing = config.activation_checkpoint
+    checkpointing, profiling = config.activation_checkpoint, config.profiling
     muon = "Muon" in {config.optimizer.name, *(group.optimizer_name for group in config.optimizer.param_groups)}
     no_experts, one_rank = "on a model without experts", "while parallelism.expert_parallel_degree = 1"
     needs: dict[str, _Needs] = {
@@ -274,11 +282,35 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
                 " ".join(vars(config.quantize.linear.float8)),
             ),
         ),
+        "quantize.grouped_mm.float8": (
+            (
+                uses_grouped_float8(config),
+                'without "quantize.grouped_mm.float8" in model.converters',
+                " ".join(vars(config.quantize.grouped_mm.float8)),
+            ),
+        ),
         "moe": (
             (experts, no_experts, " ".join(vars(config.moe))),
             (not experts or parallelism.expert_parallel_degree > 1, one_rank, "overlap_halves"),
         ),
         "debug": ((experts, no_experts, "moe_force_load_balance"),),
+        "profiling": (
+            (
+                profiling.enable_profiling,
+                "while profiling.enable_profiling = false",
+                "save_traces_folder profiler_active profiler_warmup",
+            ),
+            (
+                profiling.enable_profiling or profiling.enable_memory_snapshot,
+                "while profiling.enable_profiling and profiling.enable_memory_snapshot are false",
+                "profile_freq",
+            ),
+            (
+                profiling.enable_memory_snapshot,
+                "while profiling.enable_memory_snapshot = false",
+                "save_memory_snapshot_folder",
+            ),
+        ),
         "checkpoint": (
             (
                 checkpoint.enable,

@@ -95,10 +95,16 @@ def _modules(
             continue
         split, on_tensor_axis = _split(own[0])
         style = style_of(name, styles) if on_tensor_axis else None
-        extra = ", ".join((*(["float8"] if type(module).__name__.endswith("Float8Linear") else []), *marks))
+        extra = ", ".join((*(["float8"] if _is_float8(module) else []), *marks))
         unit_name = "" if unit is None else units[id(fully_shard.state(unit))]  # type: ignore[attr-defined]
         key = (_pattern(name), split, style or "", unit_name, _dtype(own[0], unit), extra)
         yield key, sum(parameter.numel() for parameter in own)
+
+
+def _is_float8(module: nn.Module) -> bool:
+    # By name: what asks for no float8 imports none of it.
+    kinds = [type(each).__name__ for each in (module, getattr(module, "swiglu", None))]
+    return kinds[0].endswith("Float8Linear") or kinds[1] in ("EmulatedSwiGLU", "ScaledSwiGLU")
 
 
 def _pattern(name: str) -> str:

@@ -19,7 +19,7 @@ from torchtitan_lite.checkpoint.storage import find_checkpoint, published_steps,
 from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.difference import config_difference
 from torchtitan_lite.config.loading import Origin, load_traced
-from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve, uses_float8
+from torchtitan_lite.config.resolution import BatchPlan, plan_batch, resolve, uses_float8, uses_grouped_float8
 from torchtitan_lite.data.passed_over import read_passed_over
 from torchtitan_lite.data.prepare import Prepared, prepare, require_samples
 from torchtitan_lite.distributed.environment import accelerators
@@ -30,6 +30,7 @@ from torchtitan_lite.errors import UserError
 from torchtitan_lite.mesh_rules import RULES, Case, without_effect
 from torchtitan_lite.models.registry import find_model
 from torchtitan_lite.models.spec import ModelSpec
+from torchtitan_lite.observability.phases import PHASES
 from torchtitan_lite.observability.sinks import LINE_FILES
 from torchtitan_lite.optim.schedule import Schedule, build_schedule
 from torchtitan_lite.strict_json import flat
@@ -126,6 +127,16 @@ class JobPlan:
                 f"pipeline stages: {self.pipeline.bubble():.0%} of each rank's time is idle or empty at least; raise "
                 "training.global_batch_size or lower parallelism.pipeline_parallel_microbatch_size"
             )
+        profiling, steps = self.config.profiling, self.config.training.steps
+        if profiling.enable_profiling and profiling.profile_freq > steps:
+            found.append(
+                f"profiling.enable_profiling = true traces nothing: profiling.profile_freq = {profiling.profile_freq} "
+                f"is past training.steps = {steps}; lower it"
+            )
+        if self.config.debug.detect_anomaly:
+            found.append(
+                "debug.detect_anomaly = true looks at every gradient: steps are slower, and wait for the device"
+            )
         return found
 
 
@@ -174,10 +185,20 @@ def prepare_job(plan: JobPlan) -> Prepared:
     """Make the run folder and the corpus ready, and see that they fit each other. Raises UserError."""
     config = plan.config
     _async_tensor_parallel_needs_accelerators(config)
+    _float8_of_experts_needs_accelerators(config)
+    _memory_snapshots_need_accelerators(config)
     _torchao_is_there(config)
     _tensorboard_is_there(config)
-    folders = (config.checkpoint.folder, config.metrics.save_tb_folder, config.comm.save_traces_folder)
-    _make_writable(plan.folder, folders)
+    profiling = config.profiling
+    folders = {
+        config.checkpoint.folder: True,
+        config.metrics.save_tb_folder: True,
+        config.comm.save_traces_folder: True,
+        profiling.save_traces_folder: profiling.enable_profiling,
+        profiling.save_memory_snapshot_folder: profiling.enable_memory_snapshot,
+        PHASES: profiling.phases,
+    }
+    _make_writable(plan.folder, [name for name, written in folders.items() if written])
     _resume_needs_checkpoints_on(plan)
     _named_checkpoints_exist(plan)
     read_passed_over(plan.folder)  # for what it raises, before ranks meet
@@ -247,9 +268,28 @@ def _async_tensor_parallel_needs_accelerators(config: JobConfig) -> None:
         )
 
 
+def _float8_of_experts_needs_accelerators(config: JobConfig) -> None:
+    if uses_grouped_float8(config) and not config.quantize.grouped_mm.float8.emulate and not accelerators():
+        raise UserError(
+            'model.converters = ["quantize.grouped_mm.float8"] needs CUDA, and this machine has no accelerator; set '
+            "quantize.grouped_mm.float8.emulate = true, or take it out"
+        )
+
+
+def _memory_snapshots_need_accelerators(config: JobConfig) -> None:
+    if config.profiling.enable_memory_snapshot and not accelerators():
+        raise UserError(
+            "profiling.enable_memory_snapshot = true keeps the history of CUDA's allocator, and this machine has no "
+            "accelerator; set it to false"
+        )
+
+
 def _torchao_is_there(config: JobConfig) -> None:
     asked = {
         'model.converters = ["quantize.linear.float8"]': uses_float8(config),
+        'model.converters = ["quantize.grouped_mm.float8"]': (
+            uses_grouped_float8(config) and not config.quantize.grouped_mm.float8.emulate
+        ),
         'optimizer.state_dtype = "int8"': config.optimizer.state_dtype == "int8",
     }
     for setting, needed in asked.items():

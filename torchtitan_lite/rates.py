@@ -5,8 +5,9 @@ import logging
 import torch
 from torch import nn
 
-from torchtitan_lite.config.resolution import uses_float8
-from torchtitan_lite.config.techniques import Float8
+from torchtitan_lite.config.resolution import uses_float8, uses_grouped_float8
+from torchtitan_lite.config.techniques import Float8, GroupedFloat8
+from torchtitan_lite.distributed.plans import ExpertPlan
 from torchtitan_lite.observability.hardware import mixed_peak_tflops, peak_tflops
 from torchtitan_lite.observability.metrics import StepClock
 from torchtitan_lite.preflight import JobPlan
@@ -25,12 +26,15 @@ def step_clock(plan: JobPlan, device_name: str) -> StepClock:
 
 def float8_flops(plan: JobPlan) -> float:
     """Of a token's FLOPs those of products in float8; 0 where they are emulated."""
-    section = plan.config.quantize.linear.float8
-    if not uses_float8(plan.config) or section.emulate:
+    linear, grouped = plan.config.quantize.linear.float8, plan.config.quantize.grouped_mm.float8
+    layers = uses_float8(plan.config) and not linear.emulate
+    experts = plan.parallel.experts if uses_grouped_float8(plan.config) and not grouped.emulate else None
+    if not layers and experts is None:
         return 0.0
     with torch.device("meta"):
         model = plan.spec.build(plan.model_args)
-    return _of_linear_layers(model, section)
+    of_layers = _of_linear_layers(model, linear) if layers else 0.0
+    return of_layers + (0.0 if experts is None else _of_experts(model, grouped, experts))
 
 
 def _of_linear_layers(model: nn.Module, section: Float8) -> float:
@@ -41,6 +45,15 @@ def _of_linear_layers(model: nn.Module, section: Float8) -> float:
     # Forward, gradient of the input, gradient of the weight: two for each of its elements.
     each = 4 if section.recipe_name == "rowwise_with_gw_hp" else 6
     return float(each * sum(layer.weight.numel() for layer in layers))
+
+
+def _of_experts(model: nn.Module, section: GroupedFloat8, plan: ExpertPlan) -> float:
+    """Of those that a token goes to."""
+    from torchtitan_lite.quantization.grouped import named_experts
+
+    named, _ = named_experts(model, section)
+    weights = sum(weight.numel() for experts in named.values() for weight in experts.parameters())
+    return 6.0 * weights * plan.top_k / plan.num_experts
 
 
 def _peaks(device_name: str, precision: str, share: float) -> tuple[dict[str, float | None], str]:

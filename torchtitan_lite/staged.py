@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_lite.data.loader import Batch
-from torchtitan_lite.distributed.pipeline import apply_pipeline_parallel, forward_only
+from torchtitan_lite.distributed.pipeline import apply_pipeline_parallel, forward_only, pieces_marked
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
 from torchtitan_lite.optim.loss import IGNORE
 from torchtitan_lite.trainable import Place, TrainableModel
@@ -72,7 +72,8 @@ class StagedModel(TrainableModel):
         if labels is not None and self.place.gives_loss:
             given["labels"] = labels
         losses: list[Tensor] = []
-        call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
+        with pieces_marked(self._schedule):
+            call(*tokens, target=labels, losses=losses if self._last else None, return_outputs=False, **given)
         if not losses:
             return torch.zeros((), device=self.place.device)
         return torch.stack(losses).detach().sum()

@@ -76,6 +76,8 @@ def _train(plan: JobPlan, prepared: Prepared) -> int:
     from torchtitan_lite.distributed import runtime
     from torchtitan_lite.elastic.watchdog import Watchdog
     from torchtitan_lite.observability.sinks import RunLog
+    from torchtitan_lite.profiling.memory import memory_watched
+    from torchtitan_lite.profiling.phases import phases_recorded
     from torchtitan_lite.run_record import write_config_json
     from torchtitan_lite.trainer import Trainer
 
@@ -98,7 +100,11 @@ def _train(plan: JobPlan, prepared: Prepared) -> int:
         if here.rank == 0:
             write_config_json(plan, identity(plan, prepared), here.device_name)
         log = RunLog(plan.folder, writes=here.rank == 0)
-        with Watchdog(comm, plan.folder, here, log.event) as watchdog:
+        with (
+            phases_recorded(plan.config.profiling, plan.folder, here, log.attempt),
+            Watchdog(comm, plan.folder, here, log.event) as watchdog,
+            memory_watched(plan.config, plan.folder, here, watchdog.at),
+        ):
             trainer = Trainer(plan, prepared, here, log, watchdog)
             try:
                 stopped_by = trainer.train()
@@ -116,6 +122,11 @@ def _without_accelerator(config: JobConfig) -> None:
     if config.parallelism.enable_async_tensor_parallel:
         raise UserError(
             "parallelism.enable_async_tensor_parallel = true needs CUDA's symmetric memory, and this torch has no "
+            "CUDA; set it to false"
+        )
+    if config.profiling.enable_memory_snapshot:
+        raise UserError(
+            "profiling.enable_memory_snapshot = true keeps the history of CUDA's allocator, and this torch has no "
             "CUDA; set it to false"
         )
     if config.training.mixed_precision_param != "float32":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.distributed.context_parallel import SequenceShare, document_mask
 from torchtitan_lite.distributed.data_parallel import reduce_gradients
+from torchtitan_lite.observability.phases import span
 from torchtitan_lite.optim.loss import IGNORE
 
 if TYPE_CHECKING:
@@ -149,8 +150,10 @@ class WholeModel(TrainableModel):
         for index, batch in enumerate(batches):
             reduce_gradients(module, index == len(batches) - 1, whole=self._whole_gradients)
             weights = None if self.balance is None else self.sample_weights(batch, samples)
-            loss = self._loss_sum(batch, weights) / valid
-            loss.backward()
+            with span("forward"):
+                loss = self._loss_sum(batch, weights) / valid
+            with span("backward"):
+                loss.backward()
             total += loss.detach()
         return self.reported(total)
 

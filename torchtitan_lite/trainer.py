@@ -39,6 +39,7 @@ from torchtitan_lite.observability.sinks import RunLog
 from torchtitan_lite.optim.gradients import clip_by_global_norm
 from torchtitan_lite.optim.optimizer import build_optimizer, set_lr
 from torchtitan_lite.preflight import JobPlan, identity
+from torchtitan_lite.profiling.profiler import Profiler
 from torchtitan_lite.rates import step_clock
 from torchtitan_lite.run_board import open_board
 from torchtitan_lite.run_record import clear_stopped, manifest_record, write_stopped
@@ -66,7 +67,7 @@ class Trainer:
 
     Configuration: plan, config, here (this process among the others).
     Components: model, optimizer, histograms (None without), guard (None where no step is skipped), loader, held_out,
-    checkpoints, cadence, signals, clock, log, watchdog, stages (the ranks of its pipeline).
+    checkpoints, cadence, signals, clock, log, watchdog, profiler, stages (the ranks of its pipeline).
     State: progress, saved (the step of the newest checkpoint).
     """
 
@@ -109,6 +110,8 @@ class Trainer:
         self.cadence = Cadence(config.checkpoint.interval, config.checkpoint.interval_minutes)
         self.signals = StopSignals(config.elastic.grace_seconds)
         self.clock = step_clock(plan, here.device_name)
+        profiled = (config.profiling, plan.folder, config.training.steps)
+        self.profiler = Profiler(*profiled, here, log, watchdog, self.clock, self.checkpoints.group)
         self.progress, self.saved = Progress(), 0
         float8 = config.quantize.linear.float8
         self.scales_ahead = uses_float8(config) and float8.precompute_float8_dynamic_scale_for_fsdp
@@ -131,6 +134,7 @@ class Trainer:
         while (step := self.progress.step + 1) <= last:
             at_step(step, last)
             self.watchdog.begin(step)
+            self.profiler.begin(step)
             began_ns = time.time_ns()
             result = self.step(self._next_batches(step))
             if step == first:
@@ -141,6 +145,7 @@ class Trainer:
                 self._report(result)
             if step == first + 1:
                 self._tell_traffic(began_ns)
+            self.profiler.ended(step, stopping=agreed.stop > 0)
             if step == first:
                 if config.compile.enable:
                     self._tell_compiled()
@@ -449,6 +454,7 @@ class Trainer:
     def close(self) -> None:
         """Wait for a save in flight: it is whole or it is none, whatever ended the run."""
         self.signals.release()
+        self.profiler.close()
         with self.watchdog.paused("waiting for the save in flight"):
             self.checkpoints.saver.close()
 

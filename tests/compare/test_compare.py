@@ -270,7 +270,13 @@ def test_runs_for_real(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # Stopped in the first run, which is then run again.
     begun = subprocess.Popen(
-        list(map(str, told)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        list(map(str, told)),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        # A shell's background jobs ignore it, and so would their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").glob("runs/*/*/config.json")):

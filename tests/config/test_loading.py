@@ -8,7 +8,7 @@ import pytest
 
 from torchtitan_lite.config import JobConfig, load_config, run_folder
 from torchtitan_lite.config.loading import leaf_names, split_override
-from torchtitan_lite.config.techniques import Float8, Quantize
+from torchtitan_lite.config.techniques import Float8, GroupedFloat8, Quantize
 from torchtitan_lite.errors import UserError
 
 
@@ -316,7 +316,7 @@ def test_leaf_names_are_all_keys_with_their_sections() -> None:
     names = list(leaf_names(JobConfig))
     sections = [getattr(JobConfig(), field.name) for field in fields(JobConfig)]
     keys = sum(len(fields(section)) for section in sections if not isinstance(section, Quantize))
-    assert len(names) == keys + len(fields(Float8))
+    assert len(names) == keys + len(fields(Float8)) + len(fields(GroupedFloat8))
     assert len(set(names)) == len(names)
     assert {"job.dump_folder", "training.steps", "quantize.linear.float8.emulate"} <= set(names)
 

@@ -21,20 +21,26 @@ from torchtitan_lite.config.schema import (
     Model,
     Optimizer,
     Parallelism,
+    Profiling,
     Training,
     Validation,
 )
-from torchtitan_lite.config.techniques import Float8, LinearLayers, Quantize
+from torchtitan_lite.config.techniques import Float8, GroupedFloat8, GroupedProducts, LinearLayers, Quantize
 from torchtitan_lite.errors import UserError
 
 Rule = Callable[[JobConfig], None]
 
 _ASYNC = Parallelism(enable_async_tensor_parallel=True, tensor_parallel_degree=2)
 _MIXTURE = Training(dataset="mixture")
+_EXPERTS = Model(converters=["quantize.grouped_mm.float8"])
 
 
 def _float8(**keys: Any) -> Quantize:
     return Quantize(LinearLayers(Float8(**keys)))
+
+
+def _grouped_float8(**keys: Any) -> Quantize:
+    return Quantize(grouped_mm=GroupedProducts(GroupedFloat8(**keys)))
 
 
 REFUSED: list[tuple[Rule, JobConfig, str]] = [
@@ -111,6 +117,16 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
         rules.replay_needs_determinism,
         JobConfig(debug=Debug(replay_steps=[3])),
         "debug.replay_steps = [3] compares bits, which only debug.deterministic = true repeats",
+    ),
+    (
+        rules.traced_steps_fit_their_period,
+        JobConfig(profiling=Profiling(True, profile_freq=10, profiler_warmup=8, profiler_active=3)),
+        "profiling.profiler_warmup = 8 and profiler_active = 3 take 11 steps, and profiling.profile_freq = 10 has them",
+    ),
+    (
+        rules.anomalies_are_named_in_eager_code,
+        JobConfig(debug=Debug(detect_anomaly=True), compile=Compile(enable=True)),
+        "debug.detect_anomaly = true cannot name an operation within compiled code; set compile.enable = false",
     ),
     (
         rules.one_step_to_start_from,
@@ -226,6 +242,20 @@ REFUSED: list[tuple[Rule, JobConfig, str]] = [
 
 REFUSED += [
     (
+        rules.float8_of_experts_names_some,
+        JobConfig(model=_EXPERTS, quantize=_grouped_float8(emulate=True)),
+        "quantize.grouped_mm.float8.fqns = []: names no experts",
+    ),
+    (
+        rules.float8_of_experts_gives_bfloat16,
+        JobConfig(
+            model=_EXPERTS,
+            training=Training(mixed_precision_param="float32"),
+            quantize=_grouped_float8(fqns=["experts"]),
+        ),
+        'training.mixed_precision_param = "float32": products of experts in float8 give bfloat16',
+    ),
+    (
         rules.float8_gathers_are_tensorwise,
         JobConfig(quantize=_float8(recipe_name="rowwise", enable_fsdp_float8_all_gather=True)),
         'quantize.linear.float8.recipe_name = "rowwise" has no float8 gathers',
@@ -267,6 +297,16 @@ PASSED: list[tuple[Rule, JobConfig]] = [
     ),
     (rules.compile_has_components, JobConfig(compile=Compile(enable=True, components=["loss"]))),
     (rules.float8_gathers_are_tensorwise, JobConfig(quantize=_float8(enable_fsdp_float8_all_gather=True))),
+    (rules.float8_of_experts_names_some, JobConfig(model=_EXPERTS, quantize=_grouped_float8(fqns=["experts"]))),
+    (rules.float8_of_experts_names_some, JobConfig(quantize=_grouped_float8(fqns=[]))),
+    (
+        rules.float8_of_experts_gives_bfloat16,
+        JobConfig(model=_EXPERTS, quantize=_grouped_float8(fqns=["experts"], emulate=True)),
+    ),
+    (
+        rules.float8_of_experts_gives_bfloat16,
+        JobConfig(model=_EXPERTS, training=Training(mixed_precision_param="bfloat16"), quantize=_grouped_float8()),
+    ),
     (rules.converters_are_named_once, JobConfig(model=Model(converters=["quantize.linear.float8"]))),
     (rules.async_tensor_parallel_needs_compile, JobConfig(parallelism=_ASYNC, compile=Compile(enable=True))),
     (
@@ -301,6 +341,15 @@ PASSED: list[tuple[Rule, JobConfig]] = [
         JobConfig(faults=Faults(then="roll_back"), checkpoint=Checkpoint(enable=True)),
     ),
     (rules.replay_needs_determinism, JobConfig(debug=Debug(replay_steps=[3], deterministic=True))),
+    (
+        rules.traced_steps_fit_their_period,
+        JobConfig(profiling=Profiling(True, profile_freq=10, profiler_warmup=8, profiler_active=2)),
+    ),
+    (rules.traced_steps_fit_their_period, JobConfig(profiling=Profiling(profile_freq=1))),
+    (
+        rules.anomalies_are_named_in_eager_code,
+        JobConfig(debug=Debug(detect_anomaly=True), compile=Compile(enable=True, backend="eager")),
+    ),
     (rules.text_dataset_needs_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     (rules.only_a_text_dataset_takes_a_path, JobConfig(training=Training(dataset="text", dataset_path="books"))),
     *(

@@ -60,7 +60,7 @@ def test_a_block_in_float8_is_a_graph() -> None:
 
     args = replace(DEEP_LLAMA.flavors["untied"], n_layers=12)
     module = DEEP_LLAMA.build(args)
-    apply_float8(module, Float8(filter_fqns=["output"]), torch.device("cpu"))
+    apply_float8(module, Float8(filter_fqns=["output"], emulate=True), torch.device("cpu"))
     apply_compile(module, DEEP_LLAMA.plan(args), AOT)
     for _ in range(2):
         module(torch.randint(384, (2, 16))).sum().backward()
@@ -107,7 +107,11 @@ def _compiled(recipe: str, arguments: list[str]) -> list[dict[str, float]]:
 TP, CP, PP = (f"--parallelism.{name}_parallel_degree=2" for name in ("tensor", "context", "pipeline"))
 OP = "--activation_checkpoint.selective_ac_option=op"
 SHALLOW = ("--model.spec=tests.tiny:SPEC", "--model.flavor=tiny")
-F8 = ('--model.converters=["quantize.linear.float8"]', "--quantize.linear.float8.enable_fsdp_float8_all_gather=true")
+F8 = (
+    '--model.converters=["quantize.linear.float8"]',
+    "--quantize.linear.float8.enable_fsdp_float8_all_gather=true",
+    "--quantize.linear.float8.emulate=true",
+)
 
 
 @pytest.mark.ranks(2)

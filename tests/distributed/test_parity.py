@@ -9,7 +9,7 @@ import pytest
 
 from tests.parity import memory_mutants, moe_mutants, mutants  # noqa: F401, each registers its own
 from tests.parity.__main__ import parity_corpus
-from tests.parity.cases import BFLOAT16, CASES, EXPERTS, FLOAT8
+from tests.parity.cases import BFLOAT16, CASES, EXPERTS, FLOAT8, FLOAT8_EXPERTS
 from tests.parity.mutant import MUTANTS, Mutant
 from tests.parity.mutate import caught_by
 from tests.parity.runner import Alone, Case, base_recipe, compare, exceeded, limits_of, run_case
@@ -30,7 +30,10 @@ def _ids(case: Case) -> str:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=pytest.mark.ranks(case.ranks)) for case in [*CASES, *BFLOAT16[:3], FLOAT8[0]]],
+    [
+        pytest.param(case, marks=pytest.mark.ranks(case.ranks))
+        for case in [*CASES, *BFLOAT16[:3], FLOAT8[0], *FLOAT8_EXPERTS[:4]]
+    ],
     ids=_ids,
 )
 def test_a_mesh_computes_what_one_process_does(alone: Alone, case: Case) -> None:

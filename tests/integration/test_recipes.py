@@ -74,6 +74,7 @@ CUT = (
     # A compiler's minute, and memory that CUDA alone has.
     "--compile.enable=false",
     "--parallelism.enable_async_tensor_parallel=false",
+    "--quantize.linear.float8.emulate=true",
 )
 # One process shards nothing that it could gather, and keeps all results.
 ALONE = (

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 from tests.corpus import write_corpus
-from tests.parity.cases import BFLOAT16, CASES, FLOAT8, THOROUGH
+from tests.parity.cases import BFLOAT16, CASES, FLOAT8, FLOAT8_EXPERTS, THOROUGH
 from tests.parity.report import write_section
 from tests.parity.runner import (
     BF16_LIMITS,
     F8_LIMITS,
+    GROUPED_LIMITS,
     LIMITS,
     STEPS,
     Alone,
@@ -46,7 +47,8 @@ def main() -> int:
     logging.disable(logging.WARNING)
     rows: list[tuple[Case, Difference]] = []
     failures = 0
-    cases = [case for case in [*CASES, *THOROUGH, *BFLOAT16, *FLOAT8] if options.only in f"{case.model} {case.name}"]
+    every = [*CASES, *THOROUGH, *BFLOAT16, *FLOAT8, *FLOAT8_EXPERTS]
+    cases = [case for case in every if options.only in f"{case.model} {case.name}"]
     with tempfile.TemporaryDirectory(prefix="parity-") as name:
         folder = Path(name)
         recipe = base_recipe(folder, parity_corpus(folder), folder / "cache")
@@ -95,6 +97,11 @@ def _write(rows: list[tuple[Case, Difference]]) -> None:
         "| **limit in bfloat16** | | | " + " | ".join(_shown(BF16_LIMITS[column]) for column in _COLUMNS) + " |"
     )
     lines.append("| **limit in float8** | | | " + " | ".join(_shown(F8_LIMITS[column]) for column in _COLUMNS) + " |")
+    lines.append(
+        "| **limit, experts in float8** | | | "
+        + " | ".join(_shown(GROUPED_LIMITS[column]) for column in _COLUMNS)
+        + " |"
+    )
     write_section("parity", lines)
 
 

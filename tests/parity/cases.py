@@ -36,8 +36,11 @@ _KEYS = {
 }
 _WORDS = {
     "model.converters": "float8",
-    "training.local_batch_size": "a sample a micro-batch",
+    "training.local_batch_size": "micro-batches of {}",
     "quantize.linear.float8.filter_fqns": "but for the output",
+    "quantize.linear.float8.emulate": "emulated",
+    "quantize.grouped_mm.float8.fqns": "of experts",
+    "quantize.grouped_mm.float8.emulate": "emulated",
     "quantize.linear.float8.recipe_name": "{}",
     "moe.capacity_factor": "capacity {}",
     "debug.moe_force_load_balance": "in turn",
@@ -215,7 +218,11 @@ THOROUGH = [
 CASES = [*DATA, *TENSOR, *CONTEXT, *PIPELINE, *COMPILED, *OUTSIDE, *EXPERTS]
 
 # Float8 rounds to 3 bits, with scales of each micro-batch: the same ones on the single process.
-_F8 = {"model.converters": ["quantize.linear.float8"], "quantize.linear.float8.filter_fqns": ["output"]}
+_F8 = {
+    "model.converters": ["quantize.linear.float8"],
+    "quantize.linear.float8.filter_fqns": ["output"],
+    "quantize.linear.float8.emulate": True,
+}
 _TENSORWISE = _F8 | {"training.local_batch_size": 1}
 _ROWWISE = _TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise"}
 _HIGH = _TENSORWISE | {"quantize.linear.float8.recipe_name": "rowwise_with_gw_hp"}
@@ -232,6 +239,24 @@ FLOAT8 = [
     case(4, recipe=_TENSORWISE, shard=2, tp=2, gathered=True),
     case(2, recipe=_HIGH, cp=2),
     case(4, recipe=_TENSORWISE, shard=2, pp=2),
+]
+
+# Experts in float8: of a matrix's gradient a scale is that of an expert's rows in a micro-batch, wherever those are.
+_GROUPED = {
+    "model.converters": ["quantize.grouped_mm.float8"],
+    "quantize.grouped_mm.float8.fqns": ["experts"],
+    "quantize.grouped_mm.float8.emulate": True,
+    "training.local_batch_size": 2,
+}
+_GROUPED_FEW = _GROUPED | {"training.global_batch_size": 4}
+FLOAT8_EXPERTS = [
+    mixture(2, recipe=_GROUPED, ep=2, local=1, **OP),
+    mixture(4, recipe=_GROUPED_FEW, shard=4, ep=2, local=1),
+    mixture(2, SHARED, recipe=_GROUPED | {"moe.capacity_factor": 1.0}, ep=2, local=1, halves=True),
+    mixture(2, recipe=_GROUPED, tp=2, **FULL),
+    mixture(2, recipe=_GROUPED, cp=2),
+    mixture(2, SHARED, recipe=_GROUPED, pp=2, compiled=True, backend="aot_eager"),
+    mixture(4, recipe=_GROUPED_FEW, shard=2, tp=2, ep=2, local=1),
 ]
 
 # bfloat16 rounds to 3 digits, elsewhere on every mesh: held to the single process in bfloat16.

@@ -45,7 +45,7 @@ def _gradients(section: Float8 | None) -> tuple[Tensor, dict[str, Tensor]]:
 def test_which_layers_compute_in_float8_is_told(caplog: pytest.LogCaptureFixture) -> None:
     model = _meta()
     with caplog.at_level(logging.INFO):
-        apply_float8(model, Float8(filter_fqns=["output", "layers.7."]), CPU)
+        apply_float8(model, Float8(filter_fqns=["output", "layers.7."], emulate=True), CPU)
     names = {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
     assert len(names) == 7 * 7
     assert not any(name.startswith("layers.7.") or name == "output" for name in names)
@@ -53,6 +53,14 @@ def test_which_layers_compute_in_float8_is_told(caplog: pytest.LogCaptureFixture
     assert line.startswith("float8    tensorwise, 49 layers: layers.*.attention.wq, layers.*.attention.wk, ")
     assert 'not output: "output" in filter_fqns' in line
     assert 'layers.*.feed_forward.w3: "layers.7." in filter_fqns' in line
+
+
+def test_that_products_are_slow_on_a_cpu_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    for emulate in (False, True):
+        caplog.clear()
+        apply_float8(_meta(), Float8(emulate=emulate), CPU)
+        told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+        assert any("set quantize.linear.float8.emulate = true" in line for line in told) is not emulate
 
 
 @pytest.mark.parametrize(
@@ -113,7 +121,8 @@ def test_emulation_rounds_as_the_products_do() -> None:
         assert float((emulated[name] - grad).norm() / grad.norm()) < 1e-3, name
 
 
-F8 = {"filter_fqns": ["output"], "recipe_name": "tensorwise"}
+# Emulated: this CPU's own products in float8 take a hundred times as long, and are held to these above.
+F8 = {"filter_fqns": ["output"], "recipe_name": "tensorwise", "emulate": True}
 _AG = "--quantize.linear.float8.enable_fsdp_float8_all_gather=true"
 _PRE = "--quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp=true"
 

@@ -36,6 +36,10 @@ def uses_float8(config: JobConfig) -> bool:
     return "quantize.linear.float8" in config.model.converters
 
 
+def uses_grouped_float8(config: JobConfig) -> bool:
+    return "quantize.grouped_mm.float8" in config.model.converters
+
+
 def resolve(config: JobConfig, dp_shard: int, batch_ranks: int, dump_folder: str) -> JobConfig:
     """The config with every -1 and empty folder replaced by what it stands for."""
     training, schedule = config.training, config.lr_scheduler

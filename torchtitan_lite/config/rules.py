@@ -88,6 +88,8 @@ def folders_stay_in_the_run_folder(config: JobConfig) -> None:
         ("checkpoint.folder", config.checkpoint.folder),
         ("metrics.save_tb_folder", config.metrics.save_tb_folder),
         ("comm.save_traces_folder", config.comm.save_traces_folder),
+        ("profiling.save_traces_folder", config.profiling.save_traces_folder),
+        ("profiling.save_memory_snapshot_folder", config.profiling.save_memory_snapshot_folder),
     ):
         path = PurePath(folder)
         if not folder.strip() or not path.parts or path.is_absolute() or ".." in path.parts:
@@ -200,6 +202,25 @@ def replay_needs_determinism(config: JobConfig) -> None:
         raise UserError(f"debug.replay_steps names step {wrong[0]}, and training.steps = {steps}; valid: 1 to {steps}")
 
 
+def traced_steps_fit_their_period(config: JobConfig) -> None:
+    section = config.profiling
+    warmup, active, period = section.profiler_warmup, section.profiler_active, section.profile_freq
+    if section.enable_profiling and warmup + active > period:
+        raise UserError(
+            f"profiling.profiler_warmup = {warmup} and profiler_active = {active} take {warmup + active} steps, and "
+            f"profiling.profile_freq = {period} has them every {period}; raise it to {warmup + active} or lower them"
+        )
+
+
+def anomalies_are_named_in_eager_code(config: JobConfig) -> None:
+    """The backward of compiled code is one operation: a NaN in it would be named as that, and nothing more."""
+    if config.debug.detect_anomaly and config.compile.enable and config.compile.backend != "eager":
+        raise UserError(
+            "debug.detect_anomaly = true cannot name an operation within compiled code; set compile.enable = false, or "
+            'compile.backend = "eager"'
+        )
+
+
 def checkpointing_option_is_op_or_a_number(config: JobConfig) -> None:
     section = config.activation_checkpoint
     option = section.selective_ac_option
@@ -245,6 +266,23 @@ def float8_gathers_are_tensorwise(config: JobConfig) -> None:
         raise UserError(
             'quantize.linear.float8.filter_fqns: torchao knows no sizes for "auto_filter_small" with '
             'recipe_name = "rowwise_with_gw_hp"; name the layers'
+        )
+
+
+def float8_of_experts_names_some(config: JobConfig) -> None:
+    if "quantize.grouped_mm.float8" in config.model.converters and not config.quantize.grouped_mm.float8.fqns:
+        raise UserError(
+            "quantize.grouped_mm.float8.fqns = []: names no experts whose products are to be in float8; set it to "
+            '["experts"] for all of them'
+        )
+
+
+def float8_of_experts_gives_bfloat16(config: JobConfig) -> None:
+    precision, emulated = config.training.mixed_precision_param, config.quantize.grouped_mm.float8.emulate
+    if "quantize.grouped_mm.float8" in config.model.converters and not emulated and precision != "bfloat16":
+        raise UserError(
+            f'training.mixed_precision_param = "{precision}": products of experts in float8 give bfloat16; set it to '
+            '"bfloat16", or quantize.grouped_mm.float8.emulate = true'
         )
 
 
@@ -296,10 +334,14 @@ RULES: tuple[Callable[[JobConfig], None], ...] = (
     spikes_are_skipped_with_what_is_no_number,
     rolling_back_needs_checkpoints,
     replay_needs_determinism,
+    traced_steps_fit_their_period,
+    anomalies_are_named_in_eager_code,
     checkpointing_option_is_op_or_a_number,
     compile_has_components,
     memory_budget_is_the_compilers,
     float8_gathers_are_tensorwise,
+    float8_of_experts_names_some,
+    float8_of_experts_gives_bfloat16,
     converters_are_named_once,
     parameter_groups_have_patterns,
     states_in_bfloat16_forget_in_time,

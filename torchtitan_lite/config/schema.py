@@ -44,7 +44,7 @@ class Model:
     spec: str = ""
     """Import path `package.module:SPEC` of a ModelSpec from outside; takes the place of `name`."""
 
-    converters: list[Literal["quantize.linear.float8"]] = field(default_factory=list)
+    converters: list[Literal["quantize.linear.float8", "quantize.grouped_mm.float8"]] = field(default_factory=list)
     """What the model is changed by before it is spread over ranks: names of sections."""
 
     tokenizer_path: str = ""
@@ -239,6 +239,37 @@ class Metrics:
 
 
 @dataclass(frozen=True)
+class Profiling:
+    """Where the time of a step and the memory of a device go."""
+
+    enable_profiling: bool = False
+    """Trace the steps up to each multiple of `profile_freq` on every rank, and record where their time went."""
+
+    save_traces_folder: str = "profile_traces"
+    """Folder of traces inside the run folder: iteration_N/rankR_trace.json.gz."""
+
+    profile_freq: int = setting(10, minimum=1)
+    """Steps between traces, and between snapshots of memory."""
+
+    profiler_active: int = setting(1, minimum=1)
+    """Steps in a trace."""
+
+    profiler_warmup: int = setting(3, minimum=0)
+    """Steps before those in which the profiler runs and keeps nothing: its first events are slow."""
+
+    enable_memory_snapshot: bool = False
+    """Keep the history of the CUDA allocator; write it at each multiple of `profile_freq`, and where memory runs
+    out."""
+
+    save_memory_snapshot_folder: str = "memory_snapshot"
+    """Folder of those snapshots inside the run folder."""
+
+    phases: bool = False
+    """Write when each rank begins and ends the phases of its steps to phases/ in the run folder, by the host's clock;
+    `torchtitan-lite trace` makes one picture of them."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Preparation of the corpus."""
 
@@ -274,6 +305,10 @@ class Debug:
     """Steps whose forward and backward run twice, with room for the gradients twice; where their bits differ the run
     ends and names the rank. Needs `deterministic`."""
 
+    detect_anomaly: bool = False
+    """Look for NaN in what each operation of the backward gives; the run ends at the first and names the line of the
+    forward that it belongs to. Slow."""
+
     moe_force_load_balance: bool = False
     """Send tokens to experts in turn, for a benchmark's even load; their scores weigh the experts all the same."""
 
@@ -294,6 +329,7 @@ class JobConfig:
     faults: Faults = field(default_factory=Faults)
     validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
+    profiling: Profiling = field(default_factory=Profiling)
     comm: Comm = field(default_factory=Comm)
     data: Data = field(default_factory=Data)
     activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)

@@ -72,7 +72,27 @@ class LinearLayers:
 
 
 @dataclass(frozen=True)
+class GroupedFloat8:
+    """Matrix products of experts in float8, a scale for each row; `model.converters` asks for it. On CUDA (compute
+    capability 9.0) through torchao, in bfloat16."""
+
+    fqns: list[str] = field(default_factory=list)
+    """Experts whose products are in float8: parts of their modules' names, as in `experts` for all of them."""
+
+    emulate: bool = False
+    """Round to float8 and multiply in full precision: for hardware without such products. Slower than without."""
+
+
+@dataclass(frozen=True)
+class GroupedProducts:
+    """What is done to the products of experts."""
+
+    float8: GroupedFloat8 = field(default_factory=GroupedFloat8)
+
+
+@dataclass(frozen=True)
 class Quantize:
     """Products in lower precision."""
 
     linear: LinearLayers = field(default_factory=LinearLayers)
+    grouped_mm: GroupedProducts = field(default_factory=GroupedProducts)

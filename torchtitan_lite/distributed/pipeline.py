@@ -21,6 +21,7 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from torchtitan_lite.distributed.pipeline_plan import PipelinePlan
+from torchtitan_lite.observability.phases import recording, span
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
 
@@ -56,6 +57,40 @@ def apply_pipeline_parallel(
         return schedule
     cls = get_schedule_class(plan.schedule)
     return cls(stages[0] if issubclass(cls, PipelineScheduleSingle) else stages, **settings)  # type: ignore[no-any-return]
+
+
+# What a stage does for a micro-batch, and what the time of it is called.
+_PIECES = {
+    "forward_one_chunk": "forward",
+    "backward_one_chunk": "backward",
+    "backward_weight_one_chunk": "backward",
+}
+
+
+@contextmanager
+def pieces_marked(schedule: Schedule) -> Iterator[None]:
+    """Within it each stage's forwards and backwards are spans of the phase, where phases are recorded."""
+    if not recording():
+        yield
+        return
+    stages = [schedule._stage] if isinstance(schedule, PipelineScheduleSingle) else schedule._stages
+    for stage in stages:
+        for method, name in _PIECES.items():
+            setattr(stage, method, _marked(getattr(stage, method), f"{name} of stage {stage.stage_index}"))
+    try:
+        yield
+    finally:
+        for stage in stages:
+            for method in _PIECES:
+                delattr(stage, method)
+
+
+def _marked(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with span(name):
+            return call(*args, **kwargs)
+
+    return marked
 
 
 @contextmanager

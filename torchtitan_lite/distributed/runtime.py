@@ -124,6 +124,7 @@ def _backend(device: torch.device) -> str:
 
 def _make_deterministic(debug: Debug, device: torch.device) -> None:
     torch.manual_seed(debug.seed)
+    torch.autograd.set_detect_anomaly(debug.detect_anomaly)
     if debug.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

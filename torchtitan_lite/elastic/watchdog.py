@@ -24,6 +24,7 @@ from torchtitan_lite.distributed.job_store import connect
 from torchtitan_lite.distributed.runtime import RECORDED, Runtime, from_first_rank, recorded_collectives
 from torchtitan_lite.elastic.stacks import all_stacks, located
 from torchtitan_lite.elastic.stall_report import Account, Limit, report
+from torchtitan_lite.observability import phases
 
 _ANSWER_S = 2.0  # for the other ranks' accounts
 _SPEAK_S = 5.0  # for the rank that reports, before torchrun ends it with the first that leaves
@@ -78,6 +79,11 @@ class Watchdog:
 
     def beat(self, phase: str) -> None:
         self._beat = (phase, time.monotonic())
+        phases.begin(phase, self._step)
+
+    def at(self) -> tuple[str, int]:
+        """The phase and the step that this rank is at."""
+        return self._beat[0], self._step
 
     def tighten(self) -> None:
         """From now on nothing waits for a compiler any more."""
@@ -91,13 +97,14 @@ class Watchdog:
     @contextmanager
     def paused(self, phase: str) -> Iterator[None]:
         """Within it there is no limit to how long this rank takes; the next one must be heard of."""
-        before, self._paused = self._paused, True
+        before, self._paused, outer = self._paused, True, self._beat[0]
         self.beat(phase)
         try:
             yield
         finally:
             self.beat(phase)
             self._paused = before
+            phases.begin(outer if before else "", self._step)
 
     def _watch(self) -> None:
         """Until the loop is idle for too long, or another rank calls."""

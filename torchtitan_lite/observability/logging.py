@@ -20,6 +20,7 @@ _IDLE_WORDS = {
     # torchao's to mend, not its users'.
     "torch.utils._pytree": "is an Enum subclass and is now natively supported",
 }
+_HAS_LINES = "Traceback of forward call"  # in the warning of autograd's anomaly mode
 _COLOURS = {logging.WARNING: "warning", logging.ERROR: "bad"}
 
 
@@ -145,5 +146,7 @@ def _log_warning(
     line: str | None = None,
 ) -> None:
     where = filename.rpartition("/site-packages/")[2]
-    text = " ".join(str(message).split())
+    text = str(message).rstrip()
+    if _HAS_LINES not in text:
+        text = " ".join(text.split())
     logging.getLogger("torchtitan_lite").warning("%s (%s, %s, line %d)", text, category.__name__, where, lineno)

@@ -28,7 +28,7 @@ class RunLog:
         self.board: TensorBoard | None = None
         if writes:
             for name in LINE_FILES:
-                _drop_cut_line(folder / name)
+                drop_cut_line(folder / name)
         events = read_lines(folder / "events.jsonl")
         self.attempt = 1 + sum(event["event"] == "start" for event in events)
         self._before = [event for event in events if event.get("attempt") == self.attempt - 1]
@@ -66,7 +66,7 @@ class RunLog:
                 ) from None
 
 
-def _drop_cut_line(path: Path) -> None:
+def drop_cut_line(path: Path) -> None:
     """Take away what follows the last line end: the next record would be glued to it."""
     if path.exists() and (whole := path.read_bytes().rfind(b"\n") + 1) < path.stat().st_size:
         os.truncate(path, whole)

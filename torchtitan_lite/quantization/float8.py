@@ -51,8 +51,8 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(({_OUR_VIEWS})\) returned a view tensor")
     convert_to_float8_training(model, config=config, module_filter_fn=lambda module, name: name not in left)
     done = [name for name, module in model.named_modules() if _is_float8(module)]
-    reasons = "".join(f"; not {_grouped(names)}: {reason}" for reason, names in _by_reason(left).items())
-    logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), _grouped(done), reasons)
+    reasons = "".join(f"; not {names_as_patterns(names)}: {reason}" for reason, names in _by_reason(left).items())
+    logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), names_as_patterns(done), reasons)
 
 
 def float8_gathers(
@@ -139,7 +139,14 @@ def left_out(model: nn.Module, section: Float8) -> dict[str, str]:
 
 
 def _require_hardware(section: Float8, device: torch.device) -> None:
-    if section.emulate or device.type != "cuda":
+    if section.emulate:
+        return
+    if device.type != "cuda":
+        logger.warning(
+            "float8    products in float8 are computed one number at a time on %s, some hundred times slower; set "
+            "%s.emulate = true",
+            *(device.type.upper(), _KEY),
+        )
         return
     if torch.cuda.get_device_capability(device) < (8, 9):
         raise UserError(
@@ -159,6 +166,6 @@ def _by_reason(left: dict[str, str]) -> dict[str, list[str]]:
     return reasons
 
 
-def _grouped(names: list[str]) -> str:
+def names_as_patterns(names: Iterable[str]) -> str:
     """Blocks' layers under one name."""
     return ", ".join(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))

@@ -28,6 +28,23 @@ class Router(nn.Module):
         return F.linear(x_BLD.float(), local(self.weight).float())
 
 
+class GroupedSwiGLU(nn.Module):
+    """Each expert's SwiGLU of its rows; those past the last end hold anything, and may get anything.
+
+    Another way to multiply (see quantization.grouped) is another module in its place.
+    """
+
+    def forward(self, rows_RD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, w3_EDF: Tensor, ends_E: Tensor) -> Tensor:
+        """[R, D]. ends_E: int32, where each expert's rows end. The matrices are views of transposed ones."""
+        gate_RF = self.product(rows_RD, w1_EDF, ends_E)
+        hidden_RF = F.silu(gate_RF) * self.product(rows_RD, w3_EDF, ends_E)
+        return self.product(hidden_RF, w2_EFD, ends_E)
+
+    def product(self, rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+        """Rows [R, in] times their expert's matrix of [E, in, out]."""
+        return F.grouped_mm(rows, weights, offs=ends)
+
+
 class Experts(nn.Module):
     """SwiGLU feed-forwards side by side; expert e is w1[e], w2[e], w3[e]. The dispatch brings tokens to them."""
 
@@ -37,6 +54,7 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(num_experts, dim, ffn_dim))
         self.w3 = nn.Parameter(torch.empty(num_experts, ffn_dim, dim))
         self.dispatch = Local(num_experts)
+        self.swiglu = GroupedSwiGLU()
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor, beside: Beside, *, drops: bool) -> Tensor:
         """As dispatch: the weighed sums [N, 1, D]. drops: whether choices may be dropped."""
@@ -44,12 +62,12 @@ class Experts(nn.Module):
 
         def compute(rows_RD: Tensor, ends_E: Tensor) -> Tensor:
             if not drops:  # all rows are some expert's
-                return _grouped_swiglu(rows_RD, w1_EDF, w2_EFD, w3_EDF, ends_E)
+                return self.swiglu(rows_RD, w1_EDF, w2_EFD, w3_EDF, ends_E)  # type: ignore[no-any-return]
             # torch leaves what a grouped product makes of rows past the last end as the memory was, in the output and
             # in the gradient of the rows: one selection cuts the first, the other the second.
             own_R1 = torch.arange(len(rows_RD), device=ends_E.device)[:, None] < ends_E[-1]
             rows_RD = rows_RD.where(own_R1, 0.0)
-            return _grouped_swiglu(rows_RD, w1_EDF, w2_EFD, w3_EDF, ends_E).where(own_R1, 0.0)
+            return self.swiglu(rows_RD, w1_EDF, w2_EFD, w3_EDF, ends_E).where(own_R1, 0.0)  # type: ignore[no-any-return]
 
         return self.dispatch(x_ND, experts_NK, weights_NK, compute, beside)  # type: ignore[no-any-return]
 
@@ -113,10 +131,3 @@ class _Balanced(torch.autograd.Function):
         (counted,) = ctx.saved_tensors
         ctx.into.add_(counted)
         return grad, torch.ones((), device=grad.device), None, None
-
-
-def _grouped_swiglu(rows_RD: Tensor, w1_EDF: Tensor, w2_EFD: Tensor, w3_EDF: Tensor, ends_E: Tensor) -> Tensor:
-    """Each expert's SwiGLU of its rows; those past the last end hold anything."""
-    gate_RF = F.grouped_mm(rows_RD, w1_EDF, offs=ends_E)
-    hidden_RF = F.silu(gate_RF) * F.grouped_mm(rows_RD, w3_EDF, offs=ends_E)
-    return F.grouped_mm(hidden_RF, w2_EFD, offs=ends_E)
