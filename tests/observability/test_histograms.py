@@ -16,7 +16,7 @@ from torchtitan_lite.observability.histograms import Counted, Histograms, tag_of
 from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.observability.tensorboard import TensorBoard
 
-EDGES = np.array([2.0**power * (1 + part / 4) for power in range(-40, 24) for part in range(4)] + [2.0**24])
+EDGES = np.array([2.0**power * (1 + part / 8) for power in range(-40, 24) for part in range(8)] + [2.0**24])
 
 
 def _reference(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -100,7 +100,7 @@ def _without_a_gradient() -> None:
 
 
 def test_what_is_no_whole_number_of_copies_is_a_defect() -> None:
-    table = torch.zeros(2, 1, 516, dtype=torch.float64)
+    table = torch.zeros(2, 1, 1028, dtype=torch.float64)
     table[0, 0, 300] = 5.0
     with pytest.raises(AssertionError, match="w: 5 elements counted on all ranks, of 3"):
         Counted(["w"], [3], table).read()
@@ -175,9 +175,8 @@ def alone(pool: RankPool, recipe: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def _moved(one: dict[float, float], other: dict[float, float]) -> float:
-    """Elements in another bucket, of all."""
-    different = sum(abs(one.get(limit, 0) - other.get(limit, 0)) for limit in one.keys() | other.keys())
-    return different / 2 / sum(one.values())
+    """Elements in another bucket."""
+    return sum(abs(one.get(limit, 0) - other.get(limit, 0)) for limit in one.keys() | other.keys()) / 2
 
 
 def test_one_process_shows_every_parameter_and_gradient(alone: dict[str, Path]) -> None:
@@ -206,9 +205,10 @@ def test_a_mesh_shows_what_one_process_does(
     expected = histograms(alone[kind] / "tb")
     assert set(found) == set(expected)
     for tag, steps in expected.items():
-        assert sum(found[tag][2].values()) == sum(steps[2].values()), tag
+        elements = sum(steps[2].values())
+        assert sum(found[tag][2].values()) == elements, tag
         # Meshes differ in the last bit, which puts one here and there beyond an edge.
-        assert _moved(steps[2], found[tag][2]) < 2e-3, tag
+        assert _moved(steps[2], found[tag][2]) <= max(1, 2e-3 * elements), tag
 
 
 def test_turning_everything_on_changes_no_bit(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_turning_everything_on_changes_no_bit(pool: RankPool, recipe: Path, tmp_
     curves = scalars(shown / "tb")
     losses = [np.float32(line["loss"]) for line in read_lines(shown / "metrics.jsonl")]
     assert [np.float32(value) for _, value in curves["loss_metrics/global_avg_loss"]] == losses
-    assert {"final/tps", "validation_metrics/loss", "memory/max_resident(GiB)", "n_tokens_seen"} <= set(curves)
+    assert {"throughput(tps)/median", "validation_metrics/loss", "memory/max_resident(GiB)", "n_tokens_seen"} <= set(curves)
     assert "mfu(%)" not in curves  # unknown on a CPU
     assert set(histograms(shown / "tb")["norm/weight"]) == set(range(1, 7))
 

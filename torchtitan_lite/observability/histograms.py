@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# A float32's sign, exponent and first two bits after the point are its bucket: four to each doubling, and no search.
-_BITS, _EACH = 21, 4
+# A float32's sign, exponent and first three bits after the point are its bucket: eight to each doubling, and no search.
+_BITS, _EACH = 20, 8
 _BIAS, _NO_NUMBER = 127, 255  # exponents as they are stored
 # The smallest and largest powers of two with buckets of their own. What is closer to zero is in one around it.
 _SMALLEST, _LARGEST = -40, 24
