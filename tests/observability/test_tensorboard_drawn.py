@@ -123,9 +123,9 @@ def test_curves_of_all_runs_are_drawn_and_tell_their_values(silent: Any) -> None
     for part in (0.5, 0.51):
         page.mouse("mouseMoved", x + part * width, y + height / 2)
     tip = page.wait(f"{_TIP}.includes('second/tb') && {_TIP}")
-    rows = {line.split("\t")[1]: line.split("\t") for line in tip.splitlines() if "/tb" in line}
+    rows = {run: rest for run, *rest in (line.strip().split("\t") for line in tip.splitlines())}
     for name in RUNS:
-        _, _, _, value, step, *_ = rows[f"{name}/tb"]
+        _, value, step, *_ = rows[f"{name}/tb"]
         assert 1 < int(step) < STEPS
         assert float(value) == pytest.approx(_loss(name, int(step)), rel=1e-3)
 
