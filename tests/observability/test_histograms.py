@@ -49,12 +49,25 @@ def _counts_are_those_of_numpy() -> None:
         found, lost = _one(values)
         expected, edges = _reference(values.double().numpy().ravel())
         filled = expected.nonzero()[0]
-        limits, counts = found["w"]
-        assert counts == expected[filled[0] : filled[-1] + 1].tolist()
-        inner = slice(filled[0] + 1, filled[-1] + 1)
-        assert limits[1:-1] == edges[inner].tolist()
+        limits, counts = np.array(found["w"][0]), np.array(found["w"][1])
+        own = counts.nonzero()[0]
+        assert counts[own].tolist() == expected[filled].tolist()
+        assert limits[own][1:].tolist() == edges[filled][1:].tolist()
+        assert limits[own + 1][:-1].tolist() == edges[filled + 1][:-1].tolist()
+        assert own[0] == 0
+        assert own[-1] == len(counts) - 1 == len(limits) - 2
         assert np.isfinite(limits).all()
+        assert (np.diff(limits) > 0).all()
         assert not lost
+
+
+def test_empty_buckets_between_others_are_one(pool: RankPool) -> None:
+    pool.run(_empty_buckets_between_others, 1)
+
+
+def _empty_buckets_between_others() -> None:
+    found, _ = _one(torch.tensor([-1.0, 1.0, 1.0, 8.0]))
+    assert found["w"] == ([-1.125, -1.0, 1.0, 1.125, 8.0, 9.0], [1.0, 0.0, 2.0, 0.0, 1.0])
 
 
 def test_what_is_no_finite_number_is_told_apart(pool: RankPool) -> None:
@@ -226,7 +239,9 @@ def test_turning_everything_on_changes_no_bit(pool: RankPool, recipe: Path, tmp_
     curves = scalars(shown / "tb")
     losses = [np.float32(line["loss"]) for line in read_lines(shown / "metrics.jsonl")]
     assert [np.float32(value) for _, value in curves["loss_metrics/global_avg_loss"]] == losses
-    assert {"throughput(tps)/median", "validation_metrics/loss", "memory/max_resident(GiB)", "n_tokens_seen"} <= set(curves)
+    assert {"throughput(tps)/median", "validation_metrics/loss", "memory/max_resident(GiB)", "n_tokens_seen"} <= set(
+        curves
+    )
     assert "mfu(%)" not in curves  # unknown on a CPU
     assert set(histograms(shown / "tb")["norm/weight"]) == set(range(1, 7))
 

@@ -224,7 +224,9 @@ def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_runs_stand_side_by_side_under_their_names(outputs: Served) -> None:
     assert set(outputs.get("runs")) == {"first/tb", "second/tb", "runs/a-1234/repeat-0/tb"}
     tags = outputs.get("plugin/scalars/tags")
-    assert {"loss_metrics/global_avg_loss", "validation_metrics/loss", "throughput(tps)/median"} <= set(tags["first/tb"])
+    assert {"loss_metrics/global_avg_loss", "validation_metrics/loss", "throughput(tps)/median"} <= set(
+        tags["first/tb"]
+    )
     points = outputs.get("plugin/scalars/scalars", run="second/tb", tag="loss_metrics/global_avg_loss")
     assert [(step, value) for _, step, value in points] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
 

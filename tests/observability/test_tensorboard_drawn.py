@@ -29,21 +29,21 @@ _DEEP = """(() => {
     walk(document);
     return found;
 })()"""
-# Pixels of each colour that nothing shines through, in a chart of the first page.
-_COLOURS = """(() => {
-    const shown = document.querySelector('scalar-card line-chart canvas');
-    if (!shown) return {};
-    const copy = Object.assign(document.createElement('canvas'), {width: shown.width, height: shown.height});
+# Pixels of each colour that nothing shines through, in a canvas or picture.
+_COUNTED = """(shown => {
+    const [width, height] = [shown.naturalWidth || shown.width, shown.naturalHeight || shown.height];
+    const copy = Object.assign(document.createElement('canvas'), {width, height});
     const context = copy.getContext('2d');
     context.drawImage(shown, 0, 0);
-    const pixels = context.getImageData(0, 0, copy.width, copy.height).data;
+    const pixels = context.getImageData(0, 0, width, height).data;
     const counts = {};
     for (let at = 0; at < pixels.length; at += 4) {
         const colour = pixels.slice(at, at + 3).join();
         if (pixels[at + 3] === 255) counts[colour] = (counts[colour] || 0) + 1;
     }
     return counts;
-})()"""
+})"""
+_CHART = "document.querySelector('scalar-card line-chart canvas')"
 _TIP = "(t => t ? t.innerText : '')(document.querySelector('.cdk-overlay-container .tooltip'))"
 
 
@@ -114,11 +114,8 @@ def test_curves_of_all_runs_are_drawn_and_tell_their_values(silent: Any) -> None
     page = silent("?tagFilter=global_avg_loss#timeseries")
     _words(page, "runs-data-table", "first/tb", "second/tb")
     # Of each run the smoothed curve and the pale one of its values; two more would be other runs.
-    page.wait(f"Object.values({_COLOURS}).filter(count => count > 100).length === 4")
-    x, y, width, height = page.evaluate(
-        "(r => [r.x, r.y, r.width, r.height])(document.querySelector('scalar-card line-chart canvas')"
-        ".getBoundingClientRect())"
-    )
+    page.wait(f"{_CHART} && Object.values({_COUNTED}({_CHART})).filter(count => count > 100).length === 4")
+    x, y, width, height = page.evaluate(f"(r => [r.x, r.y, r.width, r.height])({_CHART}.getBoundingClientRect())")
     assert page.evaluate(_TIP) == ""
     for part in (0.5, 0.51):
         page.mouse("mouseMoved", x + part * width, y + height / 2)
@@ -146,9 +143,7 @@ def test_the_config_is_there_as_code(silent: Any) -> None:
 def test_histograms_are_drawn_a_step_behind_the_other(silent: Any) -> None:
     page = silent("#histograms")
     page.wait(_deep(".histogram path", "filter(p => p.getAttribute('d')).length >= 4"))
-    outlines = page.evaluate(
-        _deep(".histogram", "map(g => (g.querySelector('path').getAttribute('d') || '').length)")
-    )
+    outlines = page.evaluate(_deep(".histogram", "map(g => (g.querySelector('path').getAttribute('d') || '').length)"))
     assert len(outlines) == 2 * len(RUNS)
     assert all(length > 100 for length in outlines)
 
@@ -157,3 +152,5 @@ def test_the_picture_of_a_profile_is_shown(silent: Any) -> None:
     page = silent("#images")
     page.wait(_deep("img", f"filter(i => i.complete && i.naturalWidth).length === {len(RUNS)}"))
     assert page.evaluate(_deep("img", "map(i => i.naturalWidth)")) == [640] * len(RUNS)
+    for colours in page.evaluate(_deep("img", f"map({_COUNTED})")):
+        assert colours == {"31,119,180": 480 * 48, "255,127,14": 160 * 48}

@@ -141,9 +141,7 @@ class TensorBoard:
     def close(self, ended: Literal["finished", "stopped"] | None = None) -> None:
         """Write what is left. ended: how the run did, None where it goes on; else the table gets its medians."""
         # The first record has the start in it: compiling, caches that fill.
-        finals = {
-            _FINAL[tag]: median(list(values)[1:] or values) for tag, values in self._recent.items() if values
-        }
+        finals = {_FINAL[tag]: median(list(values)[1:] or values) for tag, values in self._recent.items() if values}
         if ended is not None and finals:
             self.scalars(self._step, finals)
         if ended == "finished" and self._about is not None:
