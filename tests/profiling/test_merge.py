@@ -37,7 +37,7 @@ def test_ranks_stand_in_order_on_one_clock(tmp_path: Path, capsys: pytest.Captur
     _write(tmp_path, 1, _head(1, ranks=1, error_ns=40_000), _span("forward", 1, 1003, 1004), _span("x", 1, 1002, 1009))
     assert main(["trace", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     shown = capsys.readouterr()
-    said = f"{tmp_path / 'out.json'}: 5 phases of 4 ranks in 1 attempts; clocks agreed within 0.040 ms"
+    said = f"{tmp_path / 'out.json'}: 5 phases of 4 ranks in 1 attempt; clocks agreed within 0.040 ms"
     assert shown.out.startswith(said)
     assert shown.err == ""
     trace = json.loads((tmp_path / "out.json").read_text())

@@ -214,6 +214,30 @@ def test_a_rank_that_cannot_write_keeps_no_other(pool: RankPool, recipe: Path, t
     assert (event["ranks"], event["most_compute"]["rank"]) == (1, 0)
 
 
+def _train_with_a_slow_disk(recipe: str, *overrides: str) -> int:
+    from torchtitan_lite.checkpoint import saver
+
+    usual = saver._write_own
+
+    def slow(*args: Any) -> Any:
+        time.sleep(3.0 if os.environ["RANK"] == "1" else 0.0)
+        return usual(*args)
+
+    with patch.object(saver, "_write_own", slow):
+        return _train(recipe, *overrides)
+
+
+def test_a_save_in_flight_does_not_get_what_profilers_gather(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    overrides = ("--training.steps=4", "--checkpoint.interval=2", "--checkpoint.async_mode=async")
+    arguments = (str(recipe), f"--job.dump_folder={tmp_path / 'run'}", *_TRACED, *overrides)
+    assert pool.run(_train_with_a_slow_disk, 2, *arguments, group=False, timeout=60.0) == [0, 0]
+    lines = [event["event"] for event in read_lines(tmp_path / "run" / "events.jsonl")]
+    assert lines.index("profile") < lines.index("checkpoint"), "it is in flight when the trace is written"
+    (event,) = _events(tmp_path / "run", "profile")
+    assert event["ranks"] == 2
+    assert [each["step"] for each in _events(tmp_path / "run", "checkpoint")] == [2, 4]
+
+
 def _train_into_a_nan(recipe: str, *overrides: str) -> list[str]:
     """The warnings of a run whose backward gives a NaN in its second step, and what it raised."""
     from torchtitan_lite.trainable import WholeModel

@@ -1,5 +1,7 @@
 """Which steps are traced, and that nothing is done in the others."""
 
+import gc
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,6 +48,7 @@ class _Told(list[str]):
 def told(monkeypatch: pytest.MonkeyPatch) -> _Told:
     told = _Told()
     monkeypatch.setattr(profiler, "profile", told.profile)
+    monkeypatch.setattr(profiler, "patient_group", lambda: None)
     monkeypatch.setattr(profiler, "record_function", told.mark)
     monkeypatch.setattr(Profiler, "_write", lambda self, window: told.append(f"write {window.last}"))
     return told
@@ -53,8 +56,8 @@ def told(monkeypatch: pytest.MonkeyPatch) -> _Told:
 
 def _profiler(section: Profiling, steps: int) -> Profiler:
     pausing: Any = SimpleNamespace(paused=lambda *_: nullcontext())
-    here, log, patient = Runtime(0, 1, torch.device("cpu"), "CPU"), Any, Any
-    return Profiler(section, Path("nowhere"), steps, here, log, pausing, pausing, patient)  # type: ignore[arg-type]
+    here, log = Runtime(0, 1, torch.device("cpu"), "CPU"), Any
+    return Profiler(section, Path("nowhere"), steps, here, log, pausing, pausing)  # type: ignore[arg-type]
 
 
 _SECTION = Profiling(enable_profiling=True, profile_freq=5, profiler_warmup=1, profiler_active=2)
@@ -94,3 +97,41 @@ def test_a_run_that_starts_within_a_window_warms_up_for_what_is_left(told: _Told
     told.clear()
     _steps(_profiler(_SECTION, 5), range(5, 6), told)
     assert " ".join(told) == "(5 )", "a step to be traced has passed"
+
+
+class _Circular:
+    """As torch's profiler, whose parts hold each other."""
+
+    def __init__(self) -> None:
+        self.itself = self
+        self.start = self.step = self.stop = lambda: None
+
+
+@pytest.mark.parametrize("stop_at", [-1, 4])
+def test_what_a_window_has_seen_is_freed(told: _Told, monkeypatch: pytest.MonkeyPatch, stop_at: int) -> None:
+    kept: list[weakref.ref[Any]] = []
+
+    def profile(**_: Any) -> Any:
+        it = _Circular()
+        kept.append(weakref.ref(it))
+        return it
+
+    monkeypatch.setattr(profiler, "profile", profile)
+    gc.disable()  # as training does
+    try:
+        _steps(_profiler(_SECTION, 5), range(1, 5 if stop_at == 4 else 6), told, stop_at=stop_at)
+        assert [each() for each in kept] == [None]
+    finally:
+        gc.enable()
+
+
+def test_a_profiler_that_cannot_stop_hides_no_other_error(told: _Told, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    broken = SimpleNamespace(start=lambda: None, step=lambda: None, stop=stop)
+    monkeypatch.setattr(profiler, "profile", lambda **_: broken)
+    tried = _profiler(_SECTION, 5)
+    tried.begin(3)
+    tried.close()
+    tried.close()
