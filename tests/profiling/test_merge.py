@@ -114,7 +114,9 @@ def test_what_is_recorded_is_read_again(tmp_path: Path, capsys: pytest.CaptureFi
         phases.begin("loading data", 2)
     assert main(["trace", str(tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    events = json.loads(Path(report["trace"]).read_text())["traceEvents"]
+    trace = json.loads(Path(report["trace"]).read_text())
+    assert int(trace["otherData"]["began_unix_ns"]) > 10**18, "by the first rank's clock"
+    events = trace["traceEvents"]
     spans = {(each["name"], each["args"]["step"]): each for each in events if each["ph"] == "X"}
     assert list(spans) == [
         *(("load", 1), ("forward_backward", 1), ("forward", 1), ("optimizer", 1), ("load", 2)),

@@ -25,7 +25,7 @@ from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.preflight import plan_job, prepare_job
 from torchtitan_lite.profiling.breakdown import KINDS, STEP
 
-_SLEEP_S = 0.05
+_SLEEP_S = 0.1
 _TRACED = (
     "--profiling.enable_profiling=true",
     "--profiling.profile_freq=4",
@@ -101,7 +101,7 @@ def test_a_breakdown_adds_up_to_the_step_and_shows_who_waits(profiled: Path) -> 
     assert (second["steps"], second["ranks"], set(second["step_breakdown"])) == ([7, 8], 2, set(KINDS))
     times = {line["step"]: line["step_time_s"] for line in read_lines(profiled / "metrics.jsonl")}
     parts = second["step_breakdown"]
-    assert sum(parts.values()) == pytest.approx((times[7] + times[8]) / 2, rel=0.1)
+    assert sum(parts.values()) == pytest.approx((times[7] + times[8]) / 2, rel=0.25)
     assert parts["compute_s"] > 0.001
     assert parts["copies_s"] == 0.0
     assert all(value >= 0.0 for value in parts.values())
@@ -110,9 +110,11 @@ def test_a_breakdown_adds_up_to_the_step_and_shows_who_waits(profiled: Path) -> 
     for kind in KINDS:
         assert parts[kind] == pytest.approx((own[0][kind] + own[1][kind]) / 2)
     # Rank 1 sleeps before each step, and rank 0 waits for it in a collective.
-    assert own[0]["communication_exposed_s"] > 0.8 * _SLEEP_S > own[1]["communication_exposed_s"]
-    assert own[1]["idle_s"] > _SLEEP_S > own[0]["idle_s"]
-    assert second["most_compute"] == {"rank": second["most_compute"]["rank"], **own[second["most_compute"]["rank"]]}
+    assert own[0]["communication_exposed_s"] - own[1]["communication_exposed_s"] > 0.5 * _SLEEP_S
+    assert own[1]["idle_s"] > _SLEEP_S
+    assert own[1]["idle_s"] - own[0]["idle_s"] > 0.5 * _SLEEP_S
+    most = max((0, 1), key=lambda rank: own[rank]["compute_s"])
+    assert second["most_compute"] == {"rank": most, **own[most]}
     assert read_run(profiled).breakdown == parts
 
 
