@@ -31,6 +31,7 @@ def test_settings_are_those_that_the_run_has() -> None:
     found = {each.key: each.value for each in settings(plan)}
     expected = {
         "model": "llama3 debugmodel",
+        "mesh": "dp_shard 2 x tp 2",
         "world_size": 4,
         "parallelism.data_parallel_shard_degree": 2,
         "parallelism.tensor_parallel_degree": 2,
@@ -55,6 +56,7 @@ def test_what_is_off_is_said_to_be() -> None:
     assert found["quantize.linear.float8.recipe_name"] == "none"
     assert found["activation_checkpoint.mode"] == "none"
     assert found["compile.enable"] is False
+    assert found["mesh"] == "1 rank"
 
 
 def test_the_text_is_the_config_and_the_files_it_comes_from(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def settings(plan: JobPlan) -> tuple[Setting, ...]:
     float8 = config.quantize.linear.float8.recipe_name if uses_float8(config) else "none"
     columns = (
         ("model", "model", f"{plan.spec.name} {config.model.flavor}"),
-        ("mesh", "mesh", str(plan.dims)),
+        ("mesh", "mesh", str(plan.dims).partition(": ")[2] or str(plan.dims)),
         ("world_size", "ranks", plan.dims.world_size),
         *((key, heading, attrgetter(key)(config)) for key, heading in _KEYS.items()),
         ("activation_checkpoint.mode", "checkpointing", mode),

@@ -111,7 +111,7 @@ class Trainer:
         self.signals = StopSignals(config.elastic.grace_seconds)
         self.clock = step_clock(plan, here.device_name)
         profiled = (config.profiling, plan.folder, config.training.steps)
-        self.profiler = Profiler(*profiled, here, log, watchdog, self.clock, self.checkpoints.group)
+        self.profiler = Profiler(*profiled, here, log, watchdog, self.clock)
         self.progress, self.saved = Progress(), 0
         float8 = config.quantize.linear.float8
         self.scales_ahead = uses_float8(config) and float8.precompute_float8_dynamic_scale_for_fsdp
@@ -150,7 +150,7 @@ class Trainer:
                 if config.compile.enable:
                     self._tell_compiled()
                 seconds = config.comm.train_timeout_seconds + runtime.AFTER_THE_WATCHDOG_S
-                runtime.tighten_timeouts(seconds, self.checkpoints.group)
+                runtime.tighten_timeouts(seconds, (self.checkpoints.group, self.profiler.group))
                 self.watchdog.tighten()
             if step % config.training.gc_freq == 0:
                 gc.collect(1)

@@ -2,6 +2,7 @@
 
 import random
 import time
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -43,3 +44,15 @@ def test_ranks_of_one_machine_find_that_they_have_one_clock(pool: RankPool, same
     for off, error in pool.run(_clock, 3, same_machine):
         assert abs(off) < error + 20_000_000
         assert error == 0 if same_machine else 0 <= error < 50_000_000
+
+
+@pytest.mark.parametrize("ahead", [-(10**15), 10**15])
+def test_a_clock_that_is_ahead_is_taken_back(ahead: int) -> None:
+    def first_of(own: dict[str, Any]) -> dict[str, Any]:
+        # Of the first rank the wall clock is the same, and its monotonic one is behind by `ahead`.
+        rounds = [(entered - ahead, left - ahead) for entered, left in own["rounds"]]
+        return {"rounds": rounds, "wall": own["wall"] + ahead, "machine": "another"}
+
+    with patch.object(clocks, "from_first_rank", first_of), patch.object(clocks.dist, "all_reduce"):
+        clock = shared_clock()
+    assert abs(time.monotonic_ns() + clock.offset_ns - time.time_ns()) <= clock.error_ns + 20_000_000

@@ -22,7 +22,7 @@ def _wait_for_a_late_rank() -> list[float]:
     mesh = build_mesh(ParallelDims(dp_replicate=2, dp_shard=2), "cpu")
     patient = dist.new_group(timeout=timedelta(seconds=60))
     dist.barrier()
-    runtime.tighten_timeouts(2, patient)
+    runtime.tighten_timeouts(2, (patient, None))
     waits = []
     for group in (dist.group.WORLD, mesh.get_group("dp_shard")):
         started = time.monotonic()

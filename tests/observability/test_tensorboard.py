@@ -127,11 +127,11 @@ def test_the_table_has_medians_of_a_run_that_finished_or_stopped(tmp_path: Path)
         for step, tps in enumerate((1.0, 90.0, 100.0, 500.0), start=1):  # the first has the start in it
             board.metrics(_record(step, tps))
         board.close(ended)  # type: ignore[arg-type]
-        assert scalars(tmp_path / ended)["final/tps"] == [(4, 100.0)]
+        assert scalars(tmp_path / ended)["throughput(tps)/median"] == [(4, 100.0)]
     board = TensorBoard(tmp_path / "goes on", 1, _about())
     board.metrics(_record(1))
     board.close()
-    assert "final/tps" not in scalars(tmp_path / "goes on")
+    assert "throughput(tps)/median" not in scalars(tmp_path / "goes on")
 
 
 def test_a_log_draws_its_records_and_events_while_a_board_is_open(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_log_draws_its_records_and_events_while_a_board_is_open(tmp_path: Path
     assert not {tag for tag in found if "profile" in tag or "seconds" in tag}
 
 
-BREAKDOWN = {"compute_s": 0.5, "communication_exposed_s": 0.25, "idle_s": 0.25, "copies_s": 0.0}
+BREAKDOWN = {"compute_s": 0.5, "communication_exposed_s": 0.25, "copies_s": 0.0, "idle_s": 0.25}
 
 
 def test_a_profile_is_a_bar_and_a_curve_a_part(tmp_path: Path) -> None:
@@ -224,7 +224,9 @@ def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_runs_stand_side_by_side_under_their_names(outputs: Served) -> None:
     assert set(outputs.get("runs")) == {"first/tb", "second/tb", "runs/a-1234/repeat-0/tb"}
     tags = outputs.get("plugin/scalars/tags")
-    assert {"loss_metrics/global_avg_loss", "validation_metrics/loss", "final/tps"} <= set(tags["first/tb"])
+    assert {"loss_metrics/global_avg_loss", "validation_metrics/loss", "throughput(tps)/median"} <= set(
+        tags["first/tb"]
+    )
     points = outputs.get("plugin/scalars/scalars", run="second/tb", tag="loss_metrics/global_avg_loss")
     assert [(step, value) for _, step, value in points] == [(1, 4.0), (2, 2.0), (3, pytest.approx(4 / 3))]
 
@@ -259,7 +261,7 @@ def test_the_table_of_recipes_has_a_row_a_run(outputs: Served) -> None:
     values = {value["name"]["tag"]: value["value"] for value in rows["first/tb"]["metricValues"]}
     assert values["loss_metrics/global_avg_loss"] == pytest.approx(4 / 3)
     assert values["validation_metrics/loss"] == 1.5
-    assert values["final/tps"] == 100.0
+    assert values["throughput(tps)/median"] == 100.0
     assert values["memory/max_resident(GiB)"] == 0.5
     assert {name: row["sessions"][0]["status"] for name, row in rows.items()} == {
         "first/tb": "STATUS_SUCCESS",

@@ -37,7 +37,7 @@ def test_ranks_stand_in_order_on_one_clock(tmp_path: Path, capsys: pytest.Captur
     _write(tmp_path, 1, _head(1, ranks=1, error_ns=40_000), _span("forward", 1, 1003, 1004), _span("x", 1, 1002, 1009))
     assert main(["trace", str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
     shown = capsys.readouterr()
-    said = f"{tmp_path / 'out.json'}: 5 phases of 4 ranks in 1 attempts; clocks agreed within 0.040 ms"
+    said = f"{tmp_path / 'out.json'}: 5 phases of 4 ranks in 1 attempt; clocks agreed within 0.040 ms"
     assert shown.out.startswith(said)
     assert shown.err == ""
     trace = json.loads((tmp_path / "out.json").read_text())
@@ -114,7 +114,9 @@ def test_what_is_recorded_is_read_again(tmp_path: Path, capsys: pytest.CaptureFi
         phases.begin("loading data", 2)
     assert main(["trace", str(tmp_path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    events = json.loads(Path(report["trace"]).read_text())["traceEvents"]
+    trace = json.loads(Path(report["trace"]).read_text())
+    assert int(trace["otherData"]["began_unix_ns"]) > 10**18, "by the first rank's clock"
+    events = trace["traceEvents"]
     spans = {(each["name"], each["args"]["step"]): each for each in events if each["ph"] == "X"}
     assert list(spans) == [
         *(("load", 1), ("forward_backward", 1), ("forward", 1), ("optimizer", 1), ("load", 2)),

@@ -25,7 +25,7 @@ from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.preflight import plan_job, prepare_job
 from torchtitan_lite.profiling.breakdown import KINDS, STEP
 
-_SLEEP_S = 0.05
+_SLEEP_S = 0.1
 _TRACED = (
     "--profiling.enable_profiling=true",
     "--profiling.profile_freq=4",
@@ -101,7 +101,7 @@ def test_a_breakdown_adds_up_to_the_step_and_shows_who_waits(profiled: Path) -> 
     assert (second["steps"], second["ranks"], set(second["step_breakdown"])) == ([7, 8], 2, set(KINDS))
     times = {line["step"]: line["step_time_s"] for line in read_lines(profiled / "metrics.jsonl")}
     parts = second["step_breakdown"]
-    assert sum(parts.values()) == pytest.approx((times[7] + times[8]) / 2, rel=0.1)
+    assert sum(parts.values()) == pytest.approx((times[7] + times[8]) / 2, rel=0.25)
     assert parts["compute_s"] > 0.001
     assert parts["copies_s"] == 0.0
     assert all(value >= 0.0 for value in parts.values())
@@ -110,9 +110,11 @@ def test_a_breakdown_adds_up_to_the_step_and_shows_who_waits(profiled: Path) -> 
     for kind in KINDS:
         assert parts[kind] == pytest.approx((own[0][kind] + own[1][kind]) / 2)
     # Rank 1 sleeps before each step, and rank 0 waits for it in a collective.
-    assert own[0]["communication_exposed_s"] > 0.8 * _SLEEP_S > own[1]["communication_exposed_s"]
-    assert own[1]["idle_s"] > _SLEEP_S > own[0]["idle_s"]
-    assert second["most_compute"] == {"rank": second["most_compute"]["rank"], **own[second["most_compute"]["rank"]]}
+    assert own[0]["communication_exposed_s"] - own[1]["communication_exposed_s"] > 0.5 * _SLEEP_S
+    assert own[1]["idle_s"] > _SLEEP_S
+    assert own[1]["idle_s"] - own[0]["idle_s"] > 0.5 * _SLEEP_S
+    most = max((0, 1), key=lambda rank: own[rank]["compute_s"])
+    assert second["most_compute"] == {"rank": most, **own[most]}
     assert read_run(profiled).breakdown == parts
 
 
@@ -212,6 +214,30 @@ def test_a_rank_that_cannot_write_keeps_no_other(pool: RankPool, recipe: Path, t
     assert pool.run(_train_on_a_full_disk, 2, *arguments, group=False, timeout=30.0) == [0, 0]
     (event,) = _events(tmp_path / "run", "profile")
     assert (event["ranks"], event["most_compute"]["rank"]) == (1, 0)
+
+
+def _train_with_a_slow_disk(recipe: str, *overrides: str) -> int:
+    from torchtitan_lite.checkpoint import saver
+
+    usual = saver._write_own
+
+    def slow(*args: Any) -> Any:
+        time.sleep(3.0 if os.environ["RANK"] == "1" else 0.0)
+        return usual(*args)
+
+    with patch.object(saver, "_write_own", slow):
+        return _train(recipe, *overrides)
+
+
+def test_a_save_in_flight_does_not_get_what_profilers_gather(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    overrides = ("--training.steps=4", "--checkpoint.interval=2", "--checkpoint.async_mode=async")
+    arguments = (str(recipe), f"--job.dump_folder={tmp_path / 'run'}", *_TRACED, *overrides)
+    assert pool.run(_train_with_a_slow_disk, 2, *arguments, group=False, timeout=60.0) == [0, 0]
+    lines = [event["event"] for event in read_lines(tmp_path / "run" / "events.jsonl")]
+    assert lines.index("profile") < lines.index("checkpoint"), "it is in flight when the trace is written"
+    (event,) = _events(tmp_path / "run", "profile")
+    assert event["ranks"] == 2
+    assert [each["step"] for each in _events(tmp_path / "run", "checkpoint")] == [2, 4]
 
 
 def _train_into_a_nan(recipe: str, *overrides: str) -> list[str]:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +15,7 @@ from torchtitan_lite.checkpoint.saver import BESIDE, Saver
 from torchtitan_lite.checkpoint.shards import Stored, is_written_here, part_of
 from torchtitan_lite.checkpoint.storage import Damaged
 from torchtitan_lite.config.schema import Checkpoint
-from torchtitan_lite.distributed.runtime import from_first_rank
+from torchtitan_lite.distributed.runtime import from_first_rank, patient_group
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.optim.optimizer import new_state
 from torchtitan_lite.strict_json import flat
@@ -24,7 +23,6 @@ from torchtitan_lite.strict_json import flat
 # What a checkpoint says of its run that a run which goes on from it must share.
 _MODEL = ("model", "tokenizer")
 _IDENTITY = (*_MODEL, "data", "training.seq_len", "debug.seed")
-_SLOWEST_DISK = timedelta(hours=1)
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +77,7 @@ class CheckpointManager:
         self._model, self._optimizer, self._first_peer, self._equal = model, optimizer, first_peer, equal
         self._device = next(parameter.device.type for _, parameter in model.named_parameters())
         self._record = {**record, "world_size": dist.get_world_size(), "device": self._device}
-        # Of its own: a rank's disk may be slower than the others' by more than a step may take.
-        self.group = dist.new_group(timeout=_SLOWEST_DISK, backend="gloo")
+        self.group = patient_group()
         self.saver = Saver(folder, section.async_mode, section.keep_latest_k, self.group)
 
     def latest(self) -> int | None:

@@ -1,6 +1,7 @@
 """This process among the others: device, process group, time-outs, threads, seeds."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from torchtitan_lite.distributed.environment import cores, count_from, environme
 from torchtitan_lite.distributed.job_store import fresh_store
 from torchtitan_lite.errors import UserError
 
+_SLOWEST_DISK = timedelta(hours=1)
 # Collectives wait so much longer than the watchdog, which says more of a hang than the error that they raise.
 AFTER_THE_WATCHDOG_S = 15
 RECORDED = "collectives_rank_"  # and the rank: what the flight recorder has
@@ -59,10 +61,19 @@ def recorded_collectives() -> bytes | None:
     return bytes(getattr(torch._C._distributed_c10d, name)())
 
 
-def tighten_timeouts(seconds: int, patient: dist.ProcessGroup) -> None:
-    """Set the time-out of every process group but one: after the first step nothing waits for a compiler any more."""
+def patient_group() -> dist.ProcessGroup:
+    """A group of all ranks on hosts, for those who wait until the slowest has written; collective.
+
+    Each thread needs its own: what two of them do on one group may come in another order on another rank.
+    """
+    group: dist.ProcessGroup = dist.new_group(timeout=_SLOWEST_DISK, backend="gloo")
+    return group
+
+
+def tighten_timeouts(seconds: int, patient: Collection[dist.ProcessGroup | None]) -> None:
+    """Set the time-out of all process groups but these: after the first step nothing waits for a compiler any more."""
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not patient:
+        if not any(group is each for each in patient):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 

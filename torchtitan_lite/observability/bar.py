@@ -8,8 +8,8 @@ from collections.abc import Sequence
 COLOURS = {
     "blue": (31, 119, 180),
     "orange": (255, 127, 14),
-    "grey": (199, 199, 199),
     "green": (44, 160, 44),
+    "grey": (199, 199, 199),
     "red": (214, 39, 40),
     "purple": (148, 103, 189),
 }

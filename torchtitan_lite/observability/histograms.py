@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
-# A float32's sign, exponent and first two bits after the point are its bucket: four to each doubling, and no search.
-_BITS, _EACH = 21, 4
+# A float32's sign, exponent and first three bits after the point are its bucket: eight to each doubling, and no search.
+_BITS, _EACH = 20, 8
 _BIAS, _NO_NUMBER = 127, 255  # exponents as they are stored
 # The smallest and largest powers of two with buckets of their own. What is closer to zero is in one around it.
 _SMALLEST, _LARGEST = -40, 24
@@ -40,8 +41,8 @@ class Counted:
         return replace(self, table=self.table.cpu())
 
     def read(self) -> tuple[dict[str, Histogram], dict[str, int]]:
-        """Of each tag its histogram, from the first to the last bucket that holds something; and of those tags that
-        have some, how many elements are in no bucket: infinite, or no number.
+        """Of each tag its histogram, from the first to the last bucket that holds something, with empty ones between
+        them in one; and of those tags that have some, how many elements are in no bucket: infinite, or no number.
 
         Parameters without a gradient have no histogram of one.
         """
@@ -52,10 +53,13 @@ class Counted:
             for name, size, row in zip(self.names, self.sizes, rows, strict=True):
                 tag, counts = tag_of(name) + kind, _one_copy(name, size, row)
                 lost_here, counts = int(counts[0]), counts[1:]
-                filled = counts.nonzero().flatten().tolist()
-                if filled:
-                    first, last = filled[0], filled[-1]
-                    found[tag] = (edges[first : last + 2].tolist(), counts[first : last + 1].tolist())
+                # Where a bucket or the one before it holds something: the rest of an empty stretch goes into its first.
+                starts = (counts > 0) | (functional.pad(counts, (1, 0))[:-1] > 0)
+                filled = counts.nonzero().flatten()
+                if len(filled):
+                    ends = filled[-1:] + 1
+                    starts[: filled[0]] = starts[ends:] = False
+                    found[tag] = (torch.cat([edges[:-1][starts], edges[ends]]).tolist(), counts[starts].tolist())
                 if lost_here:
                     lost[tag] = lost_here
         return found, lost
@@ -116,9 +120,7 @@ def _of_stages(sizes: dict[str, int], stages: dist.ProcessGroup | None) -> dict[
 
 
 def _local(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    # torchao wraps what FSDP is to gather in float8.
-    return getattr(local, "_tensor", local).detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _one_copy(name: str, size: int, row: Tensor) -> Tensor:

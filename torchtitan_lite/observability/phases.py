@@ -95,20 +95,20 @@ def recorded(folder: Path, rank: int, clock: Clock, **head: Any) -> Iterator[Non
     rank and clock."""
     global _recorder
     path = folder / PHASES / f"rank{rank}.jsonl"
+    here = _Recorder(path, clock, {"rank": rank, **head})
     try:
         path.parent.mkdir(exist_ok=True)
         drop_cut_line(path)
+        _recorder = here
     except OSError as error:
         logger.warning("%s: cannot be written: %s; phases are not recorded", path, error.strerror)
-        yield
-        return
-    _recorder = here = _Recorder(path, clock, {"rank": rank, **head})
     try:
         yield
     finally:
-        _recorder = None
-        here.begin("", 0)
-        here.flush()
+        if _recorder is not None:
+            _recorder = None
+            here.begin("", 0)
+            here.flush()
 
 
 def begin(phase: str, step: int) -> None:

@@ -39,16 +39,18 @@ _MEMORY = {"cuda": "memory/max_reserved(GiB)", "cpu": "memory/max_resident(GiB)"
 _VALIDATION = "validation_metrics/loss"
 _NO_CURVES = ("step", "attempt")
 
+# What the table has the median of; in one group with its curve, for a single point is no sight to begin with.
+_FINAL = {tag: f"{tag}/median" for tag in (_TAGS["tps"], _SHARES["mfu"])}
+
 # Columns of the table of recipes: the last value of each tag, and its heading.
 _COLUMNS = {
     _TAGS["loss"]: "loss",
     _VALIDATION: "validation loss",
-    "final/tps": "tps, median",
-    "final/mfu(%)": "mfu(%), median",
+    _FINAL["throughput(tps)"]: "tps, median",
+    _FINAL["mfu(%)"]: "mfu(%), median",
     _MEMORY["cuda"]: "memory reserved (GiB)",
     _MEMORY["cpu"]: "memory resident (GiB)",
 }
-_FINAL = {"tps": "final/tps", "mfu(%)": "final/mfu(%)"}
 _RECENT = 50  # records that medians are of
 
 # Read before all others, which have the time in this place. Readers keep what they read first of a session, so that a
@@ -86,7 +88,7 @@ class TensorBoard:
         self._folder, self._about, self._began = folder, about, time.time()
         self._step = first_step - 1
         self._device = "cpu" if about is None else about.device
-        self._recent: dict[str, deque[float]] = {tag: deque(maxlen=_RECENT) for tag in _FINAL.values()}
+        self._recent: dict[str, deque[float]] = {tag: deque(maxlen=_RECENT) for tag in _FINAL}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
         self._waiting: deque[Future[Any]] = deque()
         self._writer: Future[Any] = self._thread.submit(_open_writer, folder, first_step)
@@ -97,10 +99,9 @@ class TensorBoard:
     def metrics(self, record: Mapping[str, Any]) -> None:
         """Draw a line of metrics.jsonl."""
         scalars = scalars_of(record, self._device)
-        for name, tag in _FINAL.items():
-            value = scalars.get("throughput(tps)" if name == "tps" else name)
-            if value is not None:
-                self._recent[tag].append(value)
+        for tag in _FINAL:
+            if tag in scalars:
+                self._recent[tag].append(scalars[tag])
         self.scalars(record["step"], scalars)
 
     def event(self, event: str, step: int, details: Mapping[str, Any]) -> None:
@@ -140,7 +141,7 @@ class TensorBoard:
     def close(self, ended: Literal["finished", "stopped"] | None = None) -> None:
         """Write what is left. ended: how the run did, None where it goes on; else the table gets its medians."""
         # The first record has the start in it: compiling, caches that fill.
-        finals = {tag: median(list(values)[1:] or values) for tag, values in self._recent.items() if values}
+        finals = {_FINAL[tag]: median(list(values)[1:] or values) for tag, values in self._recent.items() if values}
         if ended is not None and finals:
             self.scalars(self._step, finals)
         if ended == "finished" and self._about is not None:

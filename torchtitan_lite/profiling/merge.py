@@ -56,10 +56,14 @@ def run(run_folder: str, out: str | None, *, as_json: bool) -> int:
     else:
         clocks = f"; clocks agreed within {error_ms:.3f} ms at the start" if error_ms else ""
         print(
-            f"{path}: {spans} phases of {len(ranks)} ranks in {attempts} attempts{clocks}; open it at ui.perfetto.dev "
-            "or chrome://tracing"
+            f"{path}: {_count(spans, 'phase')} of {_count(len(ranks), 'rank')} in {_count(attempts, 'attempt')}"
+            f"{clocks}; open it at ui.perfetto.dev or chrome://tracing"
         )
     return 0
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def read_phases(folder: Path) -> list[Recorded]:

@@ -1,5 +1,6 @@
 """Traces torch's profiler over windows of steps, on every rank at once, and says where their time went."""
 
+import gc
 import gzip
 import json
 import logging
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from torchtitan_lite.config.schema import Profiling
-from torchtitan_lite.distributed.runtime import Runtime
+from torchtitan_lite.distributed.runtime import Runtime, patient_group
 from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.observability.metrics import StepClock
 from torchtitan_lite.observability.sinks import RunLog
@@ -33,8 +34,8 @@ _FASTEST = 1  # of gzip's levels: a tenth of the size all the same, in a quarter
 class Profiler:
     """Told by the training loop of each step's begin and end; between windows it does nothing.
 
-    steps: of the whole run. watchdog, clock: paused while files are written. patient: a group of all ranks on hosts,
-    for what may take long.
+    steps: of the whole run. watchdog, clock: paused while files are written. group: of all ranks, None where no trace
+    is asked for. To make one is collective.
     """
 
     def __init__(
@@ -46,10 +47,10 @@ class Profiler:
         log: RunLog,
         watchdog: Watchdog,
         clock: StepClock,
-        patient: dist.ProcessGroup,
     ) -> None:
         self._section, self._folder, self._steps = section, folder, steps
-        self._here, self._log, self._watchdog, self._clock, self._patient = here, log, watchdog, clock, patient
+        self._here, self._log, self._watchdog, self._clock = here, log, watchdog, clock
+        self.group = patient_group() if section.enable_profiling else None
         self._profile: Any = None
         self._window: Window | None = None
         self._next = 0
@@ -89,9 +90,12 @@ class Profiler:
         if self._window is not None:
             logger.info("the trace of steps %d to %d is left out", self._window.active, self._window.last)
             self._window = None
-            self._marked.close()
-            self._profile.stop()
-            self._profile = None
+            try:
+                self._marked.close()
+                self._profile.stop()
+            except RuntimeError as error:  # of a device that has failed: what has ended the run is to be told
+                logger.warning("the profiler could not be stopped: %s", error)
+            self._forget()
 
     def _start(self, warmup: int, active: int) -> None:
         # Or the profiler prints lines of its own.
@@ -117,7 +121,12 @@ class Profiler:
         self._window = None
         with self._clock.paused(), self._watchdog.paused("writing a trace"):
             self._write(window)
+            self._forget()
+
+    def _forget(self) -> None:
+        """Free what the profiler has seen: its parts hold each other, and the collector runs seldom in training."""
         self._profile = None
+        gc.collect(1)
 
     def _await_device(self) -> None:
         """So that what a traced step has begun is done in it, and no more."""
@@ -137,7 +146,7 @@ class Profiler:
             # Only this rank knows, and the others wait for it.
             error = f"rank {self._here.rank}: {failure}"
         every: list[Any] = [None] * self._here.world_size
-        dist.all_gather_object(every, (own, error), group=self._patient)
+        dist.all_gather_object(every, (own, error), group=self.group)
         if self._here.rank == 0:
             self._tell(window, folder, dict(enumerate(every)), time.perf_counter() - started)
 
@@ -164,14 +173,13 @@ class Profiler:
             folder=str(folder),
             seconds=seconds,
         )
+        most = f", means of {len(ranks)} ranks; rank {busiest} computed most, {ranks[busiest]['compute_s']:.3f} s"
         logger.info(
-            "profiled  %.3f s a step = %.3f compute + %.3f exposed communication + %.3f copies + %.3f idle, means of "
-            "%d ranks; rank %d computed most, %.3f s; %s, written in %.1f s",
+            "profiled  %.3f s a step = %.3f compute + %.3f exposed communication + %.3f copies + %.3f idle%s; %s, "
+            "written in %.1f s",
             sum(mean.values()),
             *mean.values(),
-            len(ranks),
-            busiest,
-            ranks[busiest]["compute_s"],
+            most if len(ranks) > 1 else "",
             folder,
             seconds,
         )
