@@ -1,6 +1,7 @@
 """Each parallelism technique alone: its overrides of the recipe, and the fewest bytes that a rank must send in a step.
 
-Minima, in bytes. P parameters, P' those of the last FSDP unit, which stay gathered between forward and backward;
+Minima, in bytes. P parameters, P' those of the last FSDP unit, which stay gathered between forward and backward (small
+units are joined);
 B batch of the step, S sequence, D width, V micro-batches; L blocks, H and K query and key heads of size E, float32.
 
     FSDP         (n-1)/n V (3P - P')             gather forward, gather backward, reduce-scatter gradients
@@ -21,8 +22,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from traffic import Call
 
+from torchtitan_lite.distributed.data_parallel import gathered_units
 from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.preflight import JobPlan, plan_job
 
@@ -70,8 +73,14 @@ def volume(parameters: int = SHAPE.parameter_count()) -> float:
     return 4.0 * parameters
 
 
-# The norm and the output, the last of decoder_shape.plan's units.
-LAST_UNIT = volume(SHAPE.dim + SHAPE.vocab_size * SHAPE.dim)
+def last_unit() -> float:
+    with torch.device("meta"):
+        model = SPEC.build(SHAPE)
+    *_, last = gathered_units(model, SPEC.plan(SHAPE).fsdp_units, "float32")
+    return volume(sum(parameter.numel() for module in last for parameter in module.parameters()))
+
+
+LAST_UNIT = last_unit()
 
 
 def over(n: int) -> float:

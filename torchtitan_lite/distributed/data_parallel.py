@@ -52,7 +52,7 @@ def apply_data_parallel(model: nn.Module, mesh: DeviceMesh, plan: DataPlan, expe
     exact = MixedPrecisionPolicy(torch.float32, reduce_dtype, cast_forward_inputs=False)
     # Pinned memory lets copies overlap; a machine without accelerators has none and copies nothing.
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu") if plan.cpu_offload else OffloadPolicy()
-    units = joined(list(unit_modules(model, plan.units)), _TOGETHER // _DTYPES[plan.param_dtype].itemsize)
+    units = gathered_units(model, plan.units, plan.param_dtype)
     # The last unit's backward comes right after its forward: freeing it would gather it twice.
     kept = {module for part in (units[-1] if units else []) for module in part.modules()}
 
@@ -97,6 +97,11 @@ def reduce_gradients(model: nn.Module, last: bool, *, whole: bool) -> None:
     model.set_requires_all_reduce(last)
     # Kept through the step's backwards too, or the next micro-batch would gather them again.
     model.set_reshard_after_backward(last or not whole)
+
+
+def gathered_units(model: nn.Module, units: tuple[tuple[str, ...], ...], param_dtype: str) -> list[list[nn.Module]]:
+    """What is gathered together, in the order of the forward: a plan's units, small ones joined."""
+    return joined(list(unit_modules(model, units)), _TOGETHER // _DTYPES[param_dtype].itemsize)
 
 
 def joined(units: list[list[nn.Module]], most: int) -> list[list[nn.Module]]:
