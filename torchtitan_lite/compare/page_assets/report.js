@@ -26,7 +26,7 @@ const lineClass = index => `c${index % 8} d${(index + Math.floor(index / 8)) % 4
 function tidy(value, digits = 5) {
   if (value === null || value === undefined) return "n/a";
   const size = Math.abs(value);
-  if (size !== 0 && (size >= 1e6 || size < 1e-4)) return value.toExponential(Math.max(0, digits - 2));
+  if (size !== 0 && (size >= 1e6 || size < 1e-4)) return Number(value.toPrecision(Math.max(1, digits - 1))).toExponential();
   return String(Number(value.toPrecision(digits)));
 }
 
