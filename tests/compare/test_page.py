@@ -190,7 +190,7 @@ def test_what_is_not_known_is_said(own: dict[str, Any]) -> None:
         assert said in read.text
     cells = re.search(r"full-recompute \s*2 \s*3 (.*?) C", read.text.partition("Numbers")[2], re.DOTALL)
     assert cells is not None
-    assert cells[1].split() == ["n/a"] * 13
+    assert cells[1].split() == ["n/a"] * 14
 
 
 def test_nothing_to_compare_is_a_page_too(own: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.sinks import RunLog, read_lines
 
 
