@@ -99,6 +99,7 @@ def test_everything_is_there(document: dict[str, Any]) -> None:
         assert f"{side['summary']['validation_loss']:.4f}" in read.text
         for run in side["runs"]:
             assert run["folder"] in read.text
+    assert "0.25 to 0.75 GiB" in read.text
     charts = [attributes["data-metric"] for name, attributes in read.tags if attributes.get("class") == "chart"]
     assert charts == ["loss", "loss_gap", "grad_norm", "step_time_s", "memory_peak_gib"]
 
