@@ -132,7 +132,8 @@ def test_checkpoints_are_kept_by_number_and_load_on_another_mesh(pool: RankPool,
 
 def test_the_run_folder_keeps_its_contract(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    (line, *_) = _run(pool, 2, recipe, folder, "--training.steps=3", "--metrics.enable_tensorboard=true")
+    lines = _run(pool, 2, recipe, folder, "--training.steps=3", "--metrics.enable_tensorboard=true")
+    line = lines[0]
     assert set(line) == {
         *("step", "loss", "grad_norm", "lr", "tokens_seen", "step_time_s", "data_time_s", "tps", "tflops", "mfu"),
         *("memory_peak_gib", "attempt"),
@@ -151,6 +152,9 @@ def test_the_run_folder_keeps_its_contract(pool: RankPool, recipe: Path, tmp_pat
     assert sent["all_to_all"] == pytest.approx(half, rel=0.01)
     assert half <= sent["all_gather"] <= 2.01 * half
     assert all({"time", "step", "attempt"} <= set(event) for event in events)
+    peaks = events[-1]["memory_peak_gib"]
+    assert len(peaks) == 2
+    assert max(peaks) == pytest.approx(lines[-1]["memory_peak_gib"], rel=0.1)
     assert list((folder / "tb").glob("events.out.tfevents.*"))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -80,8 +81,8 @@ def _parser() -> _Parser:
     compare.add_argument("--out", default="outputs/compare", metavar="DIR", help="for runs and report; outputs/compare")
     compare.add_argument("--steps", type=_positive, help="of each run; default: as its recipe says")
     compare.add_argument("--nproc", type=_positive, help="ranks; default: as run_train.sh")
-    compare.add_argument("--repeats", type=_positive, default=5, help="runs of each recipe, with seeds in a row; 5")
-    compare.add_argument("--target-loss", type=float, metavar="X", help="also say what it takes to reach this loss")
+    compare.add_argument("--repeats", type=_positive, help="runs of each recipe, with seeds in a row; 5")
+    compare.add_argument("--target-loss", type=_finite, metavar="X", help="also say what it takes to reach this loss")
     compare.add_argument(
         "--vary",
         action="append",
@@ -136,6 +137,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: expected a whole number of at least 1")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number")
+    return value
 
 
 def _train(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -94,7 +94,7 @@ def of_run(path: Path) -> Side:
         raise UserError(f"{file}: no such file; name a recipe, or the folder of a run that has started") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(f"{file}: is not a config.json of ours; name a run folder or a recipe") from None
 
 

@@ -30,7 +30,7 @@ def write_config_json(plan: JobPlan, identity: dict[str, Any], device_name: str)
         "mesh": {**plan.dims.degrees, "ep": plan.dims.ep},
         "world_size": plan.dims.world_size,
         "device": device_name,
-        "versions": _versions(),
+        "versions": versions(),
         "commit": commit(),
         "identity": identity,
     }
@@ -44,7 +44,7 @@ def manifest_record(plan: JobPlan, identity: dict[str, Any]) -> dict[str, Any]:
         "mesh": {**plan.dims.degrees, "ep": plan.dims.ep},
         "global_batch_size": plan.config.training.global_batch_size,
         "config_sha256": sha256(config.encode()).hexdigest(),
-        "versions": _versions(),
+        "versions": versions(),
         "identity": json.loads(json.dumps(identity)),
     }
 
@@ -72,14 +72,15 @@ def clear_stopped(folder: Path) -> None:
     (folder / STOPPED).unlink(missing_ok=True)
 
 
-def _versions() -> dict[str, str]:
-    versions = {"torchtitan_lite": torchtitan_lite.__version__, "python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of what computes, by name; `unknown` for what is not installed as a package."""
+    found = {"torchtitan_lite": torchtitan_lite.__version__, "python": platform.python_version()}
     for name in _RECORDED:
         try:
-            versions[name] = version(name)
+            found[name] = version(name)
         except PackageNotFoundError:
-            versions[name] = "unknown"
-    return versions
+            found[name] = "unknown"
+    return found
 
 
 def commit() -> str | None:

@@ -33,7 +33,7 @@ from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.errors import Corruption, UserError
 from torchtitan_lite.observability.histograms import Histograms, settle
 from torchtitan_lite.observability.logging import at_step
-from torchtitan_lite.observability.memory import peak_memory_gib
+from torchtitan_lite.observability.memory import peak_memory_by_rank, peak_memory_gib
 from torchtitan_lite.observability.metrics import console_line
 from torchtitan_lite.observability.sinks import RunLog
 from torchtitan_lite.optim.gradients import clip_by_global_norm
@@ -382,7 +382,7 @@ class Trainer:
     def _end(self, stop: int) -> None:
         self._too_many_skipped(newest_too=True)
         if not stop:
-            self.log.event("end", self.progress.step)
+            self.log.event("end", self.progress.step, memory_peak_gib=peak_memory_by_rank(self.here.device))
             return
         name, step = signal.Signals(stop).name, self.progress.step
         saved = self.saved if self.config.checkpoint.enable else None

@@ -60,6 +60,7 @@ def _as_real_runs_are(folder: Path, draw: random.Random) -> None:
         {"event": "validation", "step": 80, "loss": draw.gauss(4.2, 0.01)},
         {"event": "traffic", "step": 80, "sent_gib": 0.123},
         {"event": "profile", "step": 20, "step_breakdown": spent},
+        {"event": "end", "step": 80, "memory_peak_gib": [0.25, 0.75]},
     ]
     with (folder / "events.jsonl").open("a") as file:
         file.writelines(json.dumps({"time": 0.0, "attempt": 1, **event}) + "\n" for event in events)
@@ -87,7 +88,9 @@ def full(root: Path, count: int = 3, repeats: int = 3, steps: int = 80) -> dict[
         lines = (cut / name).read_text().splitlines(keepends=True)
         (cut / name).write_text("".join(lines[:kept]))
     record = told([*found, root / "none"], ["B.loss ≈ A.loss", "B.memory < 0.1"])
-    record["refused"].append({"what": "--parallelism.tensor_parallel_degree=3", "told": "3 does not divide 8 heads"})
+    record["refused"].append(
+        {"name": "E", "what": "--parallelism.tensor_parallel_degree=3", "told": "3 does not divide 8 heads"}
+    )
     record["sides"][0]["chain"] = ["train_configs/baseline.toml", "train_configs/llama3_debug.toml"]
     return record
 

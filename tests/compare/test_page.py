@@ -99,6 +99,7 @@ def test_everything_is_there(document: dict[str, Any]) -> None:
         assert f"{side['summary']['validation_loss']:.4f}" in read.text
         for run in side["runs"]:
             assert run["folder"] in read.text
+    assert "0.25 to 0.75 GiB" in read.text
     charts = [attributes["data-metric"] for name, attributes in read.tags if attributes.get("class") == "chart"]
     assert charts == ["loss", "loss_gap", "grad_norm", "step_time_s", "memory_peak_gib"]
 
@@ -190,7 +191,7 @@ def test_what_is_not_known_is_said(own: dict[str, Any]) -> None:
         assert said in read.text
     cells = re.search(r"full-recompute \s*2 \s*3 (.*?) C", read.text.partition("Numbers")[2], re.DOTALL)
     assert cells is not None
-    assert cells[1].split() == ["n/a"] * 13
+    assert cells[1].split() == ["n/a"] * 14
 
 
 def test_nothing_to_compare_is_a_page_too(own: dict[str, Any]) -> None:

@@ -182,7 +182,7 @@ def test_a_run_that_was_cut_short_says_nothing_of_the_end_beside_whole_ones(tmp_
     ("broken", "told"),
     [
         ("missing", "no such run"),
-        ("metrics", "memory_peak_gib; it is not of this version"),
+        ("metrics", "memory_peak_gib is missing; it is not of this version"),
         ("config", "is not a config.json of ours"),
         ("empty", "no step is logged"),
     ],
@@ -199,7 +199,7 @@ def test_what_cannot_be_read_is_named_and_the_others_go_on(tmp_path: Path, broke
     elif broken == "empty":
         (bad / "metrics.jsonl").write_text("")
     record = compared(a, str(bad), b)
-    assert [side["name"] for side in record["sides"]] == ["A", "B"]
+    assert [side["name"] for side in record["sides"]] == ["A", "C"]
     assert record["sides"][1]["source"] == b
     assert told in record["failed"][0]["told"]
     assert str(bad) in record["words"]
@@ -242,6 +242,6 @@ def test_the_paired_interval_covers_as_often_as_it_says() -> None:
 
 def test_gather_refuses_nothing_silently(tmp_path: Path) -> None:
     sides, failed = gather([Source("train_configs/no_such.toml"), Source(str(write_run(tmp_path / "a")))], 2, None)
-    assert [side.name for side in sides] == ["A"]
+    assert [side.name for side in sides] == ["B"]
     assert "no such recipe" in failed[0][1]
     assert "no such run" in gather([Source("nowhere")], 2, None)[1][0][1]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.sinks import RunLog, read_lines
 
 
@@ -74,6 +75,15 @@ def test_a_missing_or_empty_file_has_no_lines(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "nowhere.jsonl") == []
     (tmp_path / "empty.jsonl").touch()
     assert read_lines(tmp_path / "empty.jsonl") == []
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_bytes(b'{"event": "start"}\n{"event": "\xff"}\n')
+    with pytest.raises(UserError, match=r"events.jsonl, line 2: is not JSON"):
+        read_lines(tmp_path / "events.jsonl")
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read: Is a directory"):
+        read_lines(tmp_path / "metrics.jsonl")
 
 
 def test_who_does_not_write_leaves_nothing_and_counts_all_the_same(tmp_path: Path) -> None:

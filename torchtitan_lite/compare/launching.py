@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchtitan_lite.compare.runs import MARK, read_mark, read_run
+from torchtitan_lite.compare.checked import MARK, read_mark
+from torchtitan_lite.compare.runs import read_run
 from torchtitan_lite.compare.sides import Side, key_of, overrides_of
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.files import replace
@@ -41,16 +42,17 @@ class _Stop:
     process: "subprocess.Popen[str] | None" = None
 
 
-def run_all(sides: Sequence[Side], out: Path, repeats: int, steps: int | None, ranks: int, watch: Watch) -> None:
+def run_all(sides: Sequence[Side], out: Path, repeats: int, ranks: int, watch: Watch) -> None:
     """Give each side with a recipe its runs, one a repeat, in turns; each turn goes the other way round than the one
     before, so that what drifts in a machine is in nobody's favour. Raises Interrupted, with what has run in `sides`."""
     running = [side for side in sides if side.plan is not None]
+    folders = _folders(running, out / "runs")
     with _signals_held() as stop:
         for repeat in range(repeats):
             for side in running if repeat % 2 == 0 else running[::-1]:
                 if side.lost:  # what fails once fails again
                     continue
-                _run(side, _folder(out, side, repeat), repeat, steps, ranks, watch, stop)
+                _run(side, folders[side.name] / f"repeat-{repeat}", repeat, ranks, watch, stop)
 
 
 def planned(sides: Sequence[Side], repeats: int) -> int:
@@ -58,16 +60,23 @@ def planned(sides: Sequence[Side], repeats: int) -> int:
     return sum(repeats * side.plan.config.training.steps for side in sides if side.plan is not None)
 
 
-def _folder(out: Path, side: Side, repeat: int) -> Path:
-    assert side.plan is not None
-    return out / "runs" / f"{_plain(side.label)}-{key_of(side.plan, 0)[:8]}" / f"repeat-{repeat}"
+def _folders(sides: Sequence[Side], above: Path) -> dict[str, Path]:
+    """By side, where its repeats go. One recipe named twice is two sides with runs of their own, else it would be
+    compared with itself. Places do not count: the runs of a recipe stay its own where another is named before it."""
+    found: dict[str, Path] = {}
+    for side in sides:
+        assert side.plan is not None
+        first = above / f"{_plain(side.label)}-{key_of(side.plan, 0, {})[:8]}"
+        names = (first, *(first.with_name(f"{first.name}-{number}") for number in range(2, len(sides) + 1)))
+        found[side.name] = next(each for each in names if each not in found.values())
+    return found
 
 
-def _run(side: Side, folder: Path, repeat: int, steps: int | None, ranks: int, watch: Watch, stop: _Stop) -> None:
+def _run(side: Side, folder: Path, repeat: int, ranks: int, watch: Watch, stop: _Stop) -> None:
     """One run, its seed the recipe's and the number of the repeat."""
     assert side.plan is not None
     seed = side.plan.config.debug.seed + repeat
-    key, last = key_of(side.plan, seed), side.plan.config.training.steps
+    key, last = key_of(side.plan, seed, side.identity), side.plan.config.training.steps
     mark = read_mark(folder)
     if mark is None or mark.get("key") != key or mark.get("state") != "finished":
         if stop.asked:
@@ -75,7 +84,7 @@ def _run(side: Side, folder: Path, repeat: int, steps: int | None, ranks: int, w
         _make_room(folder, mark)
         mark = {"key": key, "state": "begun", "started": time.time()}
         replace(folder / MARK, strict_dumps(mark))
-        overrides = [*overrides_of(side, steps), f"--debug.seed={seed}", f"--job.dump_folder={folder}"]
+        overrides = [*overrides_of(side), f"--debug.seed={seed}", f"--job.dump_folder={folder}"]
         code, first_step_s, lines = _launched(
             side, overrides, folder, ranks, lambda step: watch(side, repeat, step), stop
         )

@@ -28,8 +28,8 @@ def side_name(document: Document, name: str) -> Html:
 
 
 def sides(document: Document) -> Html:
-    head = ["", "recipe", "ranks", "runs", "loss", "step", "tokens/s", "memory", "MFU", "validation loss", "step, 99%"]
-    head += ["tokens/s a rank", "TFLOP/s a rank", "data wait", "sent a step", "first step", "compile"]
+    head = ["", "recipe", "ranks", "runs", "loss", "step", "tokens/s", "memory", "by rank", "MFU", "validation loss"]
+    head += ["step, 99%", "tokens/s a rank", "TFLOP/s a rank", "data wait", "sent a step", "first step", "compile"]
     rows = []
     for side in document["sides"]:
         of, runs = side["summary"], side["runs"]
@@ -44,6 +44,7 @@ def sides(document: Document) -> Html:
                 duration(of.get("step_time_s")),
                 number(of.get("tokens_per_s"), ",.0f"),
                 number(of.get("memory_peak_gib"), ".2f", " GiB"),
+                _ends(of.get("memory_by_rank")),
                 number(of.get("mfu"), ".1%"),
                 number(of.get("validation_loss"), ".4f"),
                 _durations(of.get("step_time_interval")),
@@ -155,8 +156,8 @@ def breakdown(document: Document) -> Html | None:
 
 def unfit(document: Document) -> Html | None:
     """What could not run, or not to its end; None where all could."""
-    rows = [["refused", each["what"], each["told"]] for each in document["refused"]]
-    rows += [["failed", each["source"], each["told"]] for each in document["failed"]]
+    rows = [["refused", f"{each['name']}: {each['what']}", each["told"]] for each in document["refused"]]
+    rows += [["failed", f"{each['name']}: {each['source']}", each["told"]] for each in document["failed"]]
     for side in document["sides"]:
         rows += [
             [run["state"], f"{side['name']}: {run['folder']}", run["told"]]
@@ -179,7 +180,7 @@ def sources(document: Document) -> Html:
         [
             side_name(document, side["name"]),
             side["model"],
-            tag("code", side["source"]),
+            tag("code", " ".join((side["source"], *side["given"]))),
             tag("code", " extends ".join(map(str, side["chain"]))) if side["chain"] else "-",
         ]
         for side in document["sides"]
@@ -204,6 +205,11 @@ def folders(document: Document) -> Html:
 
 def _range(interval: Sequence[Any] | None, form: str) -> str:
     return UNKNOWN if interval is None else " to ".join(number(each, form) for each in interval)
+
+
+def _ends(ranks: Sequence[float] | None) -> str:
+    """The smallest and the largest."""
+    return f"{number(min(ranks), '.2f')} to {number(max(ranks), '.2f', ' GiB')}" if ranks else UNKNOWN
 
 
 def _durations(interval: Sequence[Any] | None) -> str:

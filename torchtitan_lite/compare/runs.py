@@ -1,22 +1,28 @@
 """One finished run as its folder tells it: curves, times, and how it ended. No torch."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from torchtitan_lite.compare.checked import (
+    CURVES,
+    chain_of,
+    counting,
+    number_of,
+    parts_of,
+    peaks_of,
+    read_mark,
+    require_config,
+)
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.run_view import FAILURES
 from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.recipe_diff import Side as Described
 from torchtitan_lite.recipe_diff import of_run
 
-MARK = "compare.json"  # in the folders of runs that a comparison has started
-
-_NEEDED = ("step", "loss", "grad_norm", "tokens_seen", "step_time_s", "data_time_s", "tps", "tflops", "memory_peak_gib")
 _WARM_UP = (1, 20)  # steps whose times do not count, at least and at most; a tenth of the run between
 
 
@@ -26,7 +32,8 @@ class Run:
 
     described: its config, as `config diff` takes it. identity: what samples and weights depend on. curve: by name the
     logged values in the order of steps. rates: MFUs, None where the peak is unknown. flops_per_token: of the whole
-    model. mark: what the comparison that started it wrote down, {} for a run of its own.
+    model. mark: what the comparison that started it wrote down, {} for a run of its own. chain: its recipe, and what
+    that extends. memory_by_rank: peaks in GiB, None where they are not recorded.
     """
 
     folder: Path
@@ -44,6 +51,8 @@ class Run:
     sent_gib: float | None
     breakdown: Mapping[str, float] | None
     mark: Mapping[str, Any] = field(default_factory=dict)
+    chain: Sequence[str] = ()
+    memory_by_rank: Sequence[float] | None = None
 
     @property
     def seed(self) -> int:
@@ -90,61 +99,38 @@ def tail(values: Sequence[float]) -> Sequence[float]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises UserError where there is no run, where nothing is logged, and for lines of another version."""
+    """Raises UserError where there is no run, where nothing is logged, and for files that are not as a run of this
+    version leaves them."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run; name a run folder (job.dump_folder), or a recipe ending in .toml")
     described, record = of_run(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    lines = _counting(read_lines(folder / "metrics.jsonl"), folder / "metrics.jsonl")
+    require_config(record, folder / "config.json")
+    lines = counting(read_lines(folder / "metrics.jsonl"), folder / "metrics.jsonl")
     if not lines:
         raise UserError(f"{folder}: no step is logged in metrics.jsonl; let it train first")
-    events = read_lines(folder / "events.jsonl")
+    path = folder / "events.jsonl"
+    events = read_lines(path)
     finished, told = _ended(events, int(lines[-1]["step"]), int(described.config["training"]["steps"]))
     last = {str(event.get("event")): event for event in events}
-    rates = [line["tflops"] * 1e12 / line["tps"] for line in lines if line["tps"] > 0]
     return Run(
         folder=folder,
         described=described,
-        identity=record.get("identity", {}),
+        identity=record["identity"],
         device=str(record.get("device", "unknown")),
-        versions=record.get("versions", {}),
+        versions=record["versions"],
         finished=finished,
         told=told,
-        curve={name: [line[name] for line in lines] for name in _NEEDED},
-        rates=[_number(line["mfu"]) for line in lines],
-        flops_per_token=median(rates) if rates else math.nan,
-        validation_loss=_number(last.get("validation", {}).get("loss")),
-        compile_s=_number(last.get("compiled", {}).get("seconds")),
-        sent_gib=_number(last.get("traffic", {}).get("sent_gib")),
-        breakdown=last.get("profile", {}).get("step_breakdown"),
+        curve={name: [line[name] for line in lines] for name in CURVES},
+        rates=[line["mfu"] for line in lines],
+        flops_per_token=median(line["tflops"] * 1e12 / line["tps"] for line in lines),
+        validation_loss=number_of(last.get("validation", {}).get("loss")),
+        compile_s=number_of(last.get("compiled", {}).get("seconds")),
+        sent_gib=number_of(last.get("traffic", {}).get("sent_gib")),
+        breakdown=parts_of(last.get("profile", {}).get("step_breakdown"), path),
         mark=read_mark(folder) or {},
+        chain=chain_of(record),
+        memory_by_rank=peaks_of(last.get("end", {}).get("memory_peak_gib"), path) if finished else None,
     )
-
-
-def read_mark(folder: Path) -> dict[str, Any] | None:
-    """What a comparison wrote into the folder of a run that it started; None where it did not."""
-    try:
-        return dict(json.loads((folder / MARK).read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError):
-        raise UserError(f"{folder / MARK}: cannot be read as a comparison wrote it; remove the folder") from None
-
-
-def _counting(lines: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """The last line of each step, as numbers; what was superseded by a resume is left out."""
-    kept: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = {"mfu": line["mfu"], **{name: float(line[name]) for name in _NEEDED}}
-        except (KeyError, TypeError, ValueError):
-            lacking = [name for name in _NEEDED if _number(line.get(name)) is None] or ["mfu"]
-            raise UserError(
-                f"{path}, line {number}: no number for {', '.join(lacking)}; it is not of this version"
-            ) from None
-        while kept and kept[-1]["step"] >= record["step"]:
-            kept.pop()
-        kept.append(record)
-    return kept
 
 
 def _ended(events: Sequence[Mapping[str, Any]], step: int, steps: int) -> tuple[bool, str]:
@@ -157,11 +143,3 @@ def _ended(events: Sequence[Mapping[str, Any]], step: int, steps: int) -> tuple[
             how = "no end is recorded" if name == "start" else str(name)
             return False, f"cut short at step {step} of {steps}: {how}"
     return step >= steps, "" if step >= steps else f"cut short at step {step} of {steps}: no end is recorded"
-
-
-def _number(value: Any) -> float | None:
-    """Those that are not finite are written as strings."""
-    try:
-        return None if value is None or isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        return None

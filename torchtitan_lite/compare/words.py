@@ -11,13 +11,14 @@ def of_pair(pair: Mapping[str, Any], a: str, b: str) -> str:
     keys = [f"{section}.{key}" for section, values in pair["config_diff"].items() for key in values]
     keys = keys or [key for key in pair["derived_diff"] if "." in key or key == "world_size"]
     differ = f"differ in {_listed(keys)}" if keys else "are the same recipe"
-    memory = pair["memory"]
+    memory, sent = pair["memory"], pair["communication"]
     sentences = [
         f"{pair['b']} ({b}) and {pair['a']} ({a}) {differ}.",
         *(f"Note: {told}." for told in pair["comparable"]["told"]),
         _loss(pair),
         _speed(pair),
         f"Peak memory of a rank: {memory['b_gib']:.2f} GiB, {_times(memory['ratio'])} {memory['a_gib']:.2f}.",
+        _sent(pair["b"], pair["a"], sent["b_gib"], sent["a_gib"]),
     ]
     return " ".join(filter(None, sentences))
 
@@ -31,15 +32,18 @@ def of_all(record: Mapping[str, Any]) -> str:
         for run in side["runs"]:
             if run["state"] != "finished":
                 parts.append(f"{side['name']} ({side['label']}): {run['folder']} {run['state']}: {run['told']}.")
-    parts += [f"Not compared: {each['source']}: {each['told']}." for each in record["failed"]]
+    parts += [f"Not compared: {each['name']}, {each['source']}: {each['told']}." for each in record["failed"]]
     if record["refused"]:
         parts.append(f"{len(record['refused'])} combinations were refused.")
+    for given in dict.fromkeys(" ".join(side["given"]) for side in record["sides"] if side["given"]):
+        parts.append(f"Each recipe was run with {given}.")
     return "\n".join(parts)
 
 
 def table(record: Mapping[str, Any]) -> list[str]:
     """Numbers of each side, then verdicts of each pair, then what was left out and the conditions."""
-    rows = [("", "recipe", "ranks", "runs", "loss", "step", "tokens/s", "MFU", "memory", "first step", "compile")]
+    head = ("", "recipe", "ranks", "runs", "loss", "step", "tokens/s", "MFU", "memory", "sent a step")
+    rows = [(*head, "first step", "compile")]
     for side in record["sides"]:
         summary, finished = side["summary"], sum(run["state"] == "finished" for run in side["runs"])
         rows.append(
@@ -53,6 +57,7 @@ def table(record: Mapping[str, Any]) -> list[str]:
                 _number(summary.get("tokens_per_s"), ",.0f"),
                 _number(summary.get("mfu"), ".1%"),
                 _number(summary.get("memory_peak_gib"), ".2f", " GiB"),
+                _number(summary.get("communication_gib"), ".3g", " GiB"),
                 _number(summary.get("first_step_s"), ".1f", " s"),
                 _number(summary.get("compile_s"), ".1f", " s"),
             )
@@ -68,8 +73,8 @@ def table(record: Mapping[str, Any]) -> list[str]:
             memory = _number(pair["memory"]["ratio"], ".2f", " x")
             verdicts.append((name, loss["verdict"], _number(loss["gap"], ".2g"), speed["verdict"], ratio, memory))
         lines += ["", *_columns(verdicts)]
-    lines += [f"refused  {each['what']}: {each['told']}" for each in record["refused"]]
-    lines += [f"failed   {each['source']}: {each['told']}" for each in record["failed"]]
+    lines += [f"refused  {each['name']}, {each['what']}: {each['told']}" for each in record["refused"]]
+    lines += [f"failed   {each['name']}, {each['source']}: {each['told']}" for each in record["failed"]]
     for side in record["sides"]:
         lines += [
             f"{run['state']}  {side['name']}, {run['folder']}: {run['told']}"
@@ -106,6 +111,14 @@ def _speed(pair: Mapping[str, Any]) -> str:
     if speed["verdict"] == "no difference shown":
         return f"No difference of speed is shown: {pair['b']} has {size}; {speed['told']}."
     return f"{pair['b']} is {speed['verdict']}: {size}; {speed['told']}."
+
+
+def _sent(b: str, a: str, of_b: float | None, of_a: float | None) -> str:
+    """Nothing where neither is known, as of runs on one rank."""
+    if of_b is None or of_a is None:
+        known = [(name, value) for name, value in ((b, of_b), (a, of_a)) if value is not None]
+        return "".join(f"The first rank of {name} sends {value:.3g} GiB a step." for name, value in known)
+    return f"The first rank of {b} sends {of_b:.3g} GiB a step, {_times(of_b / of_a if of_a else None)} {of_a:.3g}."
 
 
 def _times(ratio: float | None) -> str:

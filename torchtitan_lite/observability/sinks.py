@@ -73,10 +73,13 @@ def drop_cut_line(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON lines file; none where it is missing. A cut last line is left out."""
-    if not path.exists():
+    """The whole lines of a JSON lines file; none where it is missing. A cut last line is left out. Raises UserError."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; mend it or its permissions") from None
     return [parsed(line, path, number) for number, line in enumerate(lines, start=1)]
 
 
