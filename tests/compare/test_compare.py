@@ -77,6 +77,21 @@ def test_conditions_decide_the_exit_code(tmp_path: Path, condition: str, code: i
 
 
 @pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("B.step_time_s < A.step_time_s", 1),  # though its tokens/s are more
+        ("B.step_time_s > A.step_time_s", 0),
+        ("B.tps > A.tps", 0),
+        ("B.tps ≈ A.tps", 1),
+    ],
+)
+def test_conditions_on_steps_of_other_sizes_are_of_the_numbers(tmp_path: Path, condition: str, code: int) -> None:
+    a = write_run(tmp_path / "a")
+    b = write_run(tmp_path / "b", "--training.global_batch_size=16", step_time_s=0.6)
+    assert command(a, b, "--out", tmp_path / "out", "--assert", condition) == code
+
+
+@pytest.mark.parametrize(
     ("condition", "told"),
     [
         ("B.loss is A.loss", "is no condition"),
@@ -127,6 +142,7 @@ def test_vary_makes_every_combination_and_refused_ones_are_named(tmp_path: Path)
         (["training.seq_len=1"], "one value varies nothing"),
         (["training.seq_len=1,,2"], "a value is empty"),
         (["training.seq_len=1,1"], "named twice"),
+        (["debug.seed=1,2"], "seeds of their own"),
         (["training.seq_len=1,2", "training.seq_len=3,4"], "named twice"),
         ([f"training.seq_len={','.join(map(str, range(1, 70)))}"], "64 at most"),
     ],

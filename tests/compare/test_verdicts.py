@@ -63,6 +63,78 @@ def test_one_run_a_side_does_not_show_five_percent(tmp_path: Path) -> None:
     assert pair_of(a, slow)["speed"]["verdict"] == "slower"
 
 
+def test_repeats_of_one_seed_are_runs_of_their_own(tmp_path: Path) -> None:
+    noise, shown = random.Random(11), 0
+    for number in range(40):
+        sides = []
+        for name in "ab":
+            for repeat in range(5):
+                write_run(tmp_path / f"{name}{number}" / f"repeat-{repeat}", noise=noise, steps=12)
+            sides.append(str(tmp_path / f"{name}{number}"))
+        shown += pair_of(*sides)["speed"]["verdict"] != "no difference shown"
+    assert shown <= 2
+
+
+def test_two_repeats_show_what_one_run_a_side_shows_and_no_more(tmp_path: Path) -> None:
+    noise, wrong = random.Random(5), 0
+    for number in range(20):
+        a, b = (write_side(tmp_path / f"{name}{number}", noise=noise, repeats=2, steps=20) for name in "ab")
+        wrong += pair_of(a, b)["speed"]["verdict"] != "no difference shown"
+    assert wrong <= 1
+    slow = write_side(
+        tmp_path / "slow", "--optimizer.lr=1.0", noise=noise, repeats=2, steps=20, step_time_s=0.6, loss=5.0
+    )
+    pair = pair_of(a, slow)
+    assert (pair["speed"]["verdict"], pair["loss"]["verdict"]) == ("slower", "different")
+    low, high = pair["speed"]["interval"]
+    assert 0.5 < low < high < 0.8
+    near = write_side(tmp_path / "near", "--optimizer.lr=0.0031", repeats=2, steps=20, wiggle=2e-3)
+    assert pair_of(a, near)["loss"]["verdict"] == "different"  # the same in both pairs
+
+
+def test_one_run_is_held_to_the_one_of_its_seed(tmp_path: Path) -> None:
+    side = write_side(tmp_path / "a")
+    one = str(write_run(tmp_path / "b", "--optimizer.lr=0.0031", seed=44, step_time_s=0.4))
+    loss = pair_of(side, one)["loss"]
+    assert (loss["gap"], set(loss["gaps"])) == (0.0, {0.0})
+
+
+def test_ends_are_of_one_stretch_however_often_runs_log(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", steps=200), write_run(tmp_path / "b", "--optimizer.lr=0.0031", steps=200)
+    lines = (b / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (b / "metrics.jsonl").write_text("".join(lines[9::10]))
+    assert abs(pair_of(str(a), str(b))["loss"]["gap"]) < 0.03
+
+
+def test_times_that_hold_the_first_step_say_nothing_of_speed(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", steps=20), write_run(tmp_path / "b", steps=20)
+    for folder, seconds in ((a, 0.4), (b, 2.0)):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][9::10]
+        lines[0]["step_time_s"] = seconds
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert pair_of(str(a), str(b))["speed"]["ratio"] == pytest.approx(1.0)
+    (b / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    speed = pair_of(str(a), str(b))["speed"]
+    assert (speed["verdict"], speed["ratio"]) == ("not comparable", None)
+
+
+def test_other_seeds_are_the_reason_that_is_told(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)
+    loss = pair_of(str(a), str(b))["loss"]
+    assert loss["verdict"] == "no difference shown"
+    assert "no seed in common" in loss["told"]
+
+
+def test_cpus_of_two_machines_are_not_compared_in_speed(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", step_time_s=0.8)
+    for folder, host in ((a, "h1"), (b, "h2")):
+        lines = (folder / "events.jsonl").read_text().replace('"event": "start"', f'"event": "start", "host": "{host}"')
+        (folder / "events.jsonl").write_text(lines)
+    pair = pair_of(str(a), str(b))
+    assert pair["speed"]["verdict"] == "not comparable"
+    assert "CPU of h1 and CPU of h2" in pair["words"]
+
+
 def test_checkpointing_is_equal_slower_and_smaller(tmp_path: Path) -> None:
     noise = random.Random(1)
     a = write_side(tmp_path / "a", noise=noise)

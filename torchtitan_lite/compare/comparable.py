@@ -67,7 +67,10 @@ class Ground:
 def ground(a: Run, b: Run, config: Mapping[str, Mapping[str, Any]], derived: Mapping[str, Any]) -> Ground:
     """config, derived: how the two sides' configs differ, as recipe_diff.parted tells."""
     x, y = a.identity, b.identity
-    model, hardware = x.get("model") == y.get("model"), a.device == b.device
+    model = x.get("model") == y.get("model")
+    # A GPU's name says how fast it is; a CPU's does not.
+    places = [f"{run.device} of {run.host}" if run.device == "CPU" and run.host else run.device for run in (a, b)]
+    hardware = a.device == b.device and (a.device != "CPU" or None in (a.host, b.host) or a.host == b.host)
     tokens = a.tokens_per_step == b.tokens_per_step
     told = [
         f"the {what} is another"
@@ -84,7 +87,7 @@ def ground(a: Run, b: Run, config: Mapping[str, Mapping[str, Any]], derived: Map
     if x.get("training.seq_len") != y.get("training.seq_len"):
         told.append("samples have another length, and the loss of a token depends on what stands before it")
     if not hardware:
-        told.append(f"they ran on {a.device} and {b.device}")
+        told.append(f"they ran on {places[0]} and {places[1]}")
     keys = [f"{section}.{key}" for section, pairs in config.items() for key in pairs]
     keys += [name for name in derived if "." in name or name == "world_size"]
     loaded = any(_effect(key) == "course" for key in keys if key.startswith("checkpoint."))

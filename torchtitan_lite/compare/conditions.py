@@ -92,8 +92,14 @@ def judge(
 ) -> dict[str, Any]:
     """{condition, holds, told}. summaries: by side. pair: the verdicts of its second side over its first, where it asks
     for them (see Condition.sides); None where they have none."""
-    holds, told = _judged(condition, pair) if condition.sides else _counted(condition, summaries)
+    judged = condition.sides and (pair is None or condition.left[1] == "loss" or _of_like_steps(pair))
+    holds, told = _judged(condition, pair) if judged else _counted(condition, summaries)
     return {"condition": condition.text, "holds": holds, "told": told}
+
+
+def _of_like_steps(pair: Mapping[str, Any]) -> bool:
+    """Whether a verdict on tokens/s of all ranks is one on a step's time and on a rank's tokens/s."""
+    return bool(pair["comparable"]["tokens_per_step"]) and "world_size" not in pair["derived_diff"]
 
 
 def _judged(condition: Condition, pair: Mapping[str, Any] | None) -> tuple[bool, str]:
@@ -124,5 +130,7 @@ def _counted(condition: Condition, summaries: Mapping[str, Mapping[str, Any]]) -
     right = condition.number if condition.right is None else of(*condition.right)
     if left is None or right is None:
         return False, "not known of both" if condition.right else f"not known of {condition.left[0]}"
+    if condition.operator in _ALIKE:
+        return False, "their steps have other tokens or ranks, and what is noise there is not known; use < or >"
     right *= 1.0 if condition.factor is None else condition.factor
     return _OPERATORS[condition.operator](left, right), f"{left:.6g} {condition.operator} {right:.6g}"

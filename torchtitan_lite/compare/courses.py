@@ -7,13 +7,16 @@ from typing import Any
 
 from torchtitan_lite.compare.runs import Run, tail
 
+_SLACK = 1 + 1e-9  # of sums that should be the same
 _SMOOTHED_OVER = 5  # logged values, to say where a loss is reached
 
 
 def pairs_of(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs of the same seed."""
-    others = {run.seed: run for run in b}
-    return [(run, others[run.seed]) for run in a if run.seed in others]
+    """Runs of the same seed, each in one pair: a run that stood against several would count as often."""
+    others: dict[int, list[Run]] = {}
+    for run in b:
+        others.setdefault(run.seed, []).append(run)
+    return [(run, others[run.seed].pop(0)) for run in a if others.get(run.seed)]
 
 
 def whole_of(runs: Sequence[Run]) -> Sequence[Run]:
@@ -38,12 +41,14 @@ def spent(run: Run, along: str) -> list[float]:
 
 
 def ends(a: Sequence[Run], b: Sequence[Run], along: str) -> tuple[float, list[float], list[float]]:
-    """What all runs have spent at least, and the loss of each run of a and of b there: the mean of the tenth of its
-    logged values before it, five at least."""
+    """What all runs have spent at least, and the loss of each run of a and of b there: the mean over one stretch before
+    it, the longest of the runs' own (tail): of a loss that falls, the mean of a longer one is higher."""
     courses = [[spent(run, along) for run in side] for side in (a, b)]
-    most = min(course[-1] for side in courses for course in side)
+    every = [course for side in courses for course in side]
+    most = min(course[-1] for course in every)
+    since = min(tail(_until(course, most))[0] for course in every)
     losses = [
-        [_before(run, course, most) for run, course in zip(side, each, strict=True)]
+        [_within(run, course, since, most) for run, course in zip(side, each, strict=True)]
         for side, each in zip((a, b), courses, strict=True)
     ]
     return most, losses[0], losses[1]
@@ -71,6 +76,11 @@ def reached(run: Run, target: float) -> dict[str, float] | None:
     return None
 
 
-def _before(run: Run, course: Sequence[float], most: float) -> float:
-    values = [loss for loss, at in zip(run.curve["loss"], course, strict=True) if at <= most * (1 + 1e-9)]
-    return fmean(tail(values or run.curve["loss"][:1]))
+def _until(course: Sequence[float], most: float) -> Sequence[float]:
+    """At least the first."""
+    return [at for at in course if at <= most * _SLACK] or course[:1]
+
+
+def _within(run: Run, course: Sequence[float], since: float, most: float) -> float:
+    found = [loss for loss, at in zip(run.curve["loss"], course, strict=True) if since <= at <= most * _SLACK]
+    return fmean(found or run.curve["loss"][:1])

@@ -33,7 +33,7 @@ class Run:
     described: its config, as `config diff` takes it. identity: what samples and weights depend on. curve: by name the
     logged values in the order of steps. rates: MFUs, None where the peak is unknown. flops_per_token: of the whole
     model. mark: what the comparison that started it wrote down, {} for a run of its own. chain: its recipe, and what
-    that extends. memory_by_rank: peaks in GiB, None where they are not recorded.
+    that extends. memory_by_rank: peaks in GiB, host: of the first rank; None where they are not recorded.
     """
 
     folder: Path
@@ -53,6 +53,7 @@ class Run:
     mark: Mapping[str, Any] = field(default_factory=dict)
     chain: Sequence[str] = ()
     memory_by_rank: Sequence[float] | None = None
+    host: str | None = None
 
     @property
     def seed(self) -> int:
@@ -71,11 +72,17 @@ class Run:
     def steps(self) -> list[int]:
         return [int(step) for step in self.curve["step"]]
 
-    def steady(self, name: str) -> list[float]:
-        """Values after the first steps, which have caches to fill and pages to touch."""
+    @property
+    def warm(self) -> list[bool]:
+        """Of each logged value, whether all of its steps come after the first ones, which have caches to fill and pages
+        to touch."""
         steps = self.steps
         after = min(_WARM_UP[1], max(_WARM_UP[0], steps[-1] // 10))
-        return [value for step, value in zip(steps, self.curve[name], strict=True) if step > after] or self.curve[name]
+        return [before >= after for before in (0, *steps[:-1])]
+
+    def steady(self, name: str) -> list[float]:
+        """Values that are warm; all, where none is."""
+        return [value for value, warm in zip(self.curve[name], self.warm, strict=True) if warm] or self.curve[name]
 
     def step_time_s(self) -> float:
         return median(self.steady("step_time_s"))
@@ -129,6 +136,7 @@ def read_run(folder: Path) -> Run:
         breakdown=parts_of(last.get("profile", {}).get("step_breakdown"), path),
         mark=read_mark(folder) or {},
         chain=chain_of(record),
+        host=last.get("start", {}).get("host"),
         memory_by_rank=peaks_of(last.get("end", {}).get("memory_peak_gib"), path) if finished else None,
     )
 

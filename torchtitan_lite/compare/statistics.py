@@ -30,6 +30,10 @@ class Interval:
     def exp(self) -> "Interval":
         return Interval(math.exp(self.middle), math.exp(self.low), math.exp(self.high))
 
+    def within(self, reach: float) -> "Interval":
+        """The same, no further from the middle than `reach`."""
+        return Interval(self.middle, max(self.low, self.middle - reach), min(self.high, self.middle + reach))
+
     def bounds(self) -> list[float]:
         return [self.low, self.high]
 

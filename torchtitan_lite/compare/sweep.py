@@ -31,6 +31,8 @@ def combinations(recipe: str, varied: Sequence[str]) -> list[Source]:
 
 def _axis(text: str) -> tuple[str, list[str]]:
     key, values = split_override(f"--{text.removeprefix('--')}")
+    if key == "debug.seed":
+        raise UserError("--vary debug.seed: repeats have seeds of their own; ask for more of them with --repeats")
     parts = _split(values)
     if len(parts) < 2:
         raise UserError(f"--vary {text}: one value varies nothing; separate several with commas, as in {key}=1,2,4")

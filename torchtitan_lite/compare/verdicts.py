@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from torchtitan_lite.compare.comparable import Ground
@@ -13,6 +13,8 @@ from torchtitan_lite.compare.statistics import Interval, block_bootstrap, paired
 
 # By how much runs of one recipe differ that one run a side knows nothing of: of times, and of losses.
 _ONE_RUN_TIME, _ONE_RUN_LOSS = 0.10, 0.01
+# Repeats of which Student's interval says next to nothing; what one run a side shows, they show too.
+_FEW = 4
 _FAR_APART_S = 3600.0
 
 
@@ -58,18 +60,26 @@ def speed_verdict(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Speed:
     """From the median step times of runs; those of a pair count together: what slowed both is in nobody's favour."""
     if not ground.hardware:
         return Speed("not comparable", "they ran on different hardware")
+    a, b = ([run for run in side if any(run.warm)] for side in (a, b))
+    if not a or not b:
+        return Speed("not comparable", "no time of a step after the first ones is logged")
     pairs = pairs_of(a, b)
     logs = [math.log(y.tokens_per_s() / x.tokens_per_s()) for x, y in pairs]
     rates = [[math.log(run.tokens_per_s()) for run in side] for side in (a, b)]
+    single = pairs or [(a[0], b[0])]
     if len(pairs) > 1:
-        interval, told = paired_interval(logs).exp(), f"{len(pairs)} repeats, in pairs"
+        interval, count, told = paired_interval(logs), len(pairs), f"{len(pairs)} repeats, in pairs"
         if any(_apart_s(x, y) > _FAR_APART_S for x, y in pairs):
             told += "; some did not run side by side: what the machine did meanwhile is in the difference"
     elif len(a) > 1 and len(b) > 1:
-        interval, told = unpaired_interval(*rates).exp(), f"{len(a)} and {len(b)} runs, not in pairs"
+        interval, count = unpaired_interval(*rates), min(len(a), len(b))
+        told, single = f"{len(a)} and {len(b)} runs, not in pairs", list(zip(a, b, strict=False))
     else:
-        interval = _times_of_single_runs(a[0], b[0])
+        interval, count = _of_single_runs(*single[0]), 1
         told = f"one run a side, of which two alike differ by up to {_ONE_RUN_TIME:.0%}: repeats say more"
+    if count < _FEW:
+        interval = interval.within(max(_unrest_of_times(x, y) for x, y in single))
+    interval = interval.exp()
     verdict = "no difference shown"
     if interval.excludes(1.0):
         verdict = "faster" if interval.middle > 1 else "slower"
@@ -105,19 +115,28 @@ def _at_the_end(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
     steps, gaps = _gaps(*pairs[0]) if pairs and ground.along == "steps" else ([], [])
     if bad := [name for name, side in (("A", left), ("B", right)) if not all(map(math.isfinite, side))]:
         return Loss("different", f"the loss of {' and '.join(bad)} is not finite at the end", steps=steps, gaps=gaps)
-    least = 0.0
+    losses = {id(run): loss for run, loss in zip((*a, *b), (*left, *right), strict=True)}
+    single = pairs or [(a[0], b[0])]
+    differences = [losses[id(y)] - losses[id(x)] for x, y in single]
     if len(pairs) > 1:
-        by_run = {id(run): loss for run, loss in zip((*a, *b), (*left, *right), strict=True)}
-        interval = paired_interval([by_run[id(y)] - by_run[id(x)] for x, y in pairs])
-        told = f"{len(pairs)} repeats, each of a seed of its own"
+        interval, count, told = (
+            paired_interval(differences),
+            len(pairs),
+            f"{len(pairs)} repeats, each of a seed of its own",
+        )
     elif len(a) > 1 and len(b) > 1:
-        interval, told = unpaired_interval(left, right), f"{len(a)} and {len(b)} runs, not in pairs"
+        interval, count = unpaired_interval(left, right), min(len(a), len(b))
+        told, single = f"{len(a)} and {len(b)} runs, not in pairs", list(zip(a, b, strict=False))
     else:
-        interval, least = _losses_of_single_runs(a[0], b[0], right[0] - left[0], gaps), _ONE_RUN_LOSS * abs(left[0])
+        interval, count = Interval(differences[0], -math.inf, math.inf), 1
         told = f"one run a side, of which two alike differ by up to {_ONE_RUN_LOSS:.0%}: repeats say more"
+    if count < _FEW:
+        reach = max(_unrest_of_losses(x, y, ground.along) for x, y in single)
+        interval = interval.within(max(reach, _ONE_RUN_LOSS * abs(fmean(left))))
     at = {"steps": "at the end", "tokens": "at equal tokens", "flops": "at equal FLOPs"}[ground.along]
-    verdict = "different" if interval.excludes(0.0) and abs(interval.middle) > least else "no difference shown"
-    why = f"curves may differ: {ground.why}; smoothed, {at}, {told}"
+    verdict = "different" if interval.excludes(0.0) else "no difference shown"
+    may = ground.why if pairs or ground.limit is None else "they have no seed in common"
+    why = f"curves may differ: {may}; smoothed, {at}, {told}"
     return Loss(verdict, why, interval.middle, interval.bounds(), None, steps, gaps, equal)
 
 
@@ -128,22 +147,24 @@ def _gaps(x: Run, y: Run) -> tuple[list[int], list[float]]:
     return common, [0.0 if str(left[step]) == str(right[step]) else right[step] - left[step] for step in common]
 
 
-def _losses_of_single_runs(x: Run, y: Run, gap: float, gaps: Sequence[float]) -> Interval:
-    """Around `gap`. Steps of the same samples go up and down together; else each side goes on its own."""
-    if gaps:
-        around = block_bootstrap(tail(gaps))
-        return Interval(gap, gap + around.low - around.middle, gap + around.high - around.middle)
-    own = [block_bootstrap(tail(run.curve["loss"])) for run in (x, y)]
-    reach = math.hypot(*(each.high - each.low for each in own)) / 2
-    return Interval(gap, gap - reach, gap + reach)
+def _unrest_of_losses(x: Run, y: Run, along: str) -> float:
+    """By how much the gap of two runs may be off. Steps of the same samples go up and down together; else each side
+    goes on its own."""
+    gaps = _gaps(x, y)[1] if along == "steps" and x.seed == y.seed else []
+    series = [gaps] if gaps else [run.curve["loss"] for run in (x, y)]
+    own = [block_bootstrap(tail(each)) for each in series]
+    return math.hypot(*(each.high - each.low for each in own)) / 2
 
 
-def _times_of_single_runs(x: Run, y: Run) -> Interval:
-    """Of the ratio of rates, as wide as both runs' own unrest and what another run might bring."""
+def _of_single_runs(x: Run, y: Run) -> Interval:
+    return Interval(math.log(y.tokens_per_s() / x.tokens_per_s()), -math.inf, math.inf)
+
+
+def _unrest_of_times(x: Run, y: Run) -> float:
+    """By how much the logarithm of a ratio of rates may be off, from both runs' own unrest and what another run might
+    bring."""
     own = [block_bootstrap([math.log(time) for time in run.steady("step_time_s")], of_medians=True) for run in (x, y)]
-    reach = math.hypot(*((each.high - each.low) / 2 for each in own), math.log1p(_ONE_RUN_TIME))
-    middle = math.log(y.tokens_per_s() / x.tokens_per_s())
-    return Interval(middle, middle - reach, middle + reach).exp()
+    return math.hypot(*((each.high - each.low) / 2 for each in own), math.log1p(_ONE_RUN_TIME))
 
 
 def _apart_s(x: Run, y: Run) -> float:
