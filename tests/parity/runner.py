@@ -21,7 +21,7 @@ from torchtitan_lite.data.loader import Batch
 from torchtitan_lite.optim.loss import IGNORE
 
 STEPS = 12
-_TOGETHER = 900_000  # of the models' blocks: two or more to a unit, two or more units
+_TOGETHER = 500_000  # of small units: several blocks to some of them, and several units to a stage
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +225,7 @@ def _train(
     saw of choices, samples of a step and their length."""
     # Whole gradients are put together here and nowhere else; how many collectives that takes does not matter.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    with within(), patch("torchtitan_lite.distributed.data_parallel._TOGETHER", _TOGETHER):
+    with patch("torchtitan_lite.distributed.data_parallel._TOGETHER", _TOGETHER), within():
         return _trained(recipe, arguments, steps)
 
 
