@@ -215,6 +215,54 @@ def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert [entry["run"] for entry in json.loads(capsys.readouterr().out)] == ["run", "run"]
 
 
+def test_one_of_several_that_cannot_be_read_is_told_among_them(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "nowhere", "run", "--once"]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["nowhere", "unreadable", "n/a", "n/a"]
+    assert lines[2].startswith("run")
+    assert "no such folder" in lines[3]
+    assert main(["status", "nowhere", "run", "--json"]) == 2
+    assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["unreadable", "running"]
+
+
+def test_a_later_checkpoint_is_seen(folder: Path) -> None:
+    run = status.Run("run")
+    assert run.status().checkpoint_step == 10
+    (saved := folder / "checkpoint" / "step-00000020").mkdir()
+    (saved / "manifest.json").write_text("{}")
+    assert run.status().checkpoint_step == 10  # looked for where a line says so
+    _event(folder, "checkpoint", 20, -1, 2)
+    assert run.status().checkpoint_step == 20
+
+
+BROKEN = {
+    "stopped.json": "null",
+    "stopped.json cut": '{"step": 1',
+    "events.jsonl sizes": '{"event": "world-size change", "time": 0, "step": 3}\n',
+    "config.json null": '{"config": null}',
+    "config.json section": '{"config": {"training": "x"}}',
+    "config.json training": '{"config": {"training": null}}',
+    "config.json steps": '{"config": {"training": {"steps": "80"}}}',
+    "metrics.jsonl step": '{"step": Infinity, "loss": 1.0, "step_time_s": 1.0}\n',
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_files_that_are_not_whole_are_one_line(folder: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / what.split()[0]).write_text(BROKEN[what])
+    assert main(["status", "run", "--once"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: run/{what.split()[0]}")
+    assert error.count("\n") == 1
+
+
+def test_a_step_time_that_is_no_number_is_not_known(folder: Path) -> None:
+    _metrics(folder, 21, 1.0, 0, 3, step_time_s="nan")
+    assert "n/a" in _shown("run")
+
+
 MISTAKES = {
     "missing": ("nowhere", "error: nowhere: no such folder; name the run folder"),
     "a file": ("run/config.json", "error: run/config.json: is no folder; name"),

@@ -61,11 +61,13 @@ def write_stopped(folder: Path, **how: Any) -> None:
 
 
 def read_stopped(folder: Path) -> dict[str, Any] | None:
-    """What write_stopped left; None where the run has gone on since, or did not end so."""
+    """What write_stopped left; None where the run has gone on since, or did not end so. Raises UserError."""
     try:
-        return dict(json.loads((folder / STOPPED).read_text()))
+        return dict(json.loads((folder / STOPPED).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"{folder / STOPPED}: cannot be read; remove it, the step that is saved stays") from None
 
 
 def clear_stopped(folder: Path) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -25,7 +25,7 @@ _PATIENCE_S, _PATIENCE_TIMES = 30.0, 10
 _STARTING_S = 300.0  # comm.init_timeout_seconds, by default: by then a start has logged, or given up
 _MARKS = ("config.json", "metrics.jsonl", "events.jsonl", ".lock")
 
-State = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "lost"]
+State = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "lost", "unreadable"]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ class Run:
         try:
             changed = path.stat().st_mtime_ns
             if changed != self._config[0]:
-                self._config = (changed, dict(json.loads(path.read_text(encoding="utf-8"))))
+                record = dict(json.loads(path.read_text(encoding="utf-8")))
+                _require_shape(record)
+                self._config = (changed, record)
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError):
@@ -177,31 +179,74 @@ class Run:
         return ("running", "") if (age or 0.0) < patience else ("quiet" if held else "lost", "")
 
 
+def _require_shape(record: dict[str, Any]) -> None:
+    """Raise ValueError where a config.json lacks the shape that is read here."""
+    config, ranks = record.get("config", {}), record.get("world_size")
+    sections = (
+        [config.get(name, {}) for name in ("training", "checkpoint", "model")] if isinstance(config, dict) else []
+    )
+    steps = sections[0].get("steps") if sections and isinstance(sections[0], dict) else None
+    whole = all(value is None or type(value) is int for value in (steps, ranks))
+    if not sections or not all(isinstance(each, dict) for each in sections) or not whole:
+        raise ValueError("not of this shape")
+    if not isinstance(sections[1].get("folder", ""), str):
+        raise ValueError("not of this shape")
+
+
+def _look(names: Sequence[str], runs: dict[str, Run]) -> list[Status]:
+    """How each is doing. runs: those looked at before. Raises UserError for one that cannot be read and is alone; among
+    others it is told."""
+    found = []
+    for name in names:
+        try:
+            if name not in runs:
+                runs[name] = Run(name)
+            found.append(runs[name].status())
+        except UserError as error:
+            if len(names) == 1:
+                raise
+            found.append(_unreadable(name, str(error)))
+    return found
+
+
+def _unreadable(name: str, told: str) -> Status:
+    known = {"run": name, "state": "unreadable", "told": told, "model": "", "mesh": "", "step": 0, "attempts": 0}
+    known |= {"changes": [], "skipped": 0, "skipped_last": "", "troubles": [], "curve": []}
+    return Status(**{**dict.fromkeys(each.name for each in fields(Status)), **known})  # type: ignore[arg-type]
+
+
 def run(names: Sequence[str], *, as_json: bool, once: bool, stream: TextIO | None = None) -> int:
-    """Show runs; return the exit code: 0, also for one that was left with Ctrl-C. Raises UserError."""
+    """Show runs; return the exit code: 0, also where Ctrl-C ended it; 2 where one of several cannot be read. Raises
+    UserError where there is no other."""
     stream = stream or sys.stdout
-    runs = [Run(name) for name in names]
+    runs: dict[str, Run] = {}
     if as_json:
-        told = [_document(each.status()) for each in runs]
+        found = _look(names, runs)
+        told = [_document(each) for each in found]
         print(strict_dumps(told[0] if len(told) == 1 else told, indent=1), file=stream)
-        return 0
+        return _code(found)
     plain = "utf" not in (stream.encoding or "").lower()
     if once or not stream.isatty():
         width = shutil.get_terminal_size((80, 24)).columns
-        for line, _ in page([each.status() for each in runs], width, plain=plain):
+        found = _look(names, runs)
+        for line, _ in page(found, width, plain=plain):
             print(line, file=stream)
-        return 0
+        return _code(found)
     screen = Screen(stream)
     try:
         while True:
-            told_now = [each.status() for each in runs]
+            found = _look(names, runs)
             columns, rows = shutil.get_terminal_size((80, 24))
-            screen.draw(page(told_now, columns, plain=plain), columns, rows)
-            if all(status.state == "finished" for status in told_now):
-                return 0
+            screen.draw(page(found, columns, plain=plain), columns, rows)
+            if all(status.state in ("finished", "unreadable") for status in found):
+                return _code(found)
             time.sleep(_EVERY_S)
     except KeyboardInterrupt:
         return 0
+
+
+def _code(found: Sequence[Status]) -> int:
+    return 2 if any(status.state == "unreadable" for status in found) else 0
 
 
 def _document(status: Status) -> dict[str, Any]:

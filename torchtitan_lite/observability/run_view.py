@@ -101,7 +101,7 @@ class RunView:
         try:
             # Numbers that are not finite are written as strings.
             step, loss, took = int(record["step"]), float(record["loss"]), float(record["step_time_s"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(
                 f"{path}: a line without a step, loss or step_time_s that is a number: {dict(record)}; it is not of "
                 "this version"
@@ -121,9 +121,11 @@ class RunView:
         """Raises UserError for one without a name, time or step."""
         try:
             name, at, step = str(event["event"]), float(event["time"]), int(event["step"])
-        except (KeyError, TypeError, ValueError):
+            if name == "world-size change":
+                self.sizes.append((step, int(event["before"]), int(event["now"])))
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(
-                f"{path}: a line without an event, time or step: {dict(event)}; it is not of this version"
+                f"{path}: a line without an event, time or step, or what it tells: {dict(event)}; not of this version"
             ) from None
         known = dict(event)
         if name == "start":
@@ -132,8 +134,6 @@ class RunView:
             self.validation = known
         elif name == "skipped step":
             self.skipped.append(known)
-        elif name == "world-size change":
-            self.sizes.append((step, int(event["before"]), int(event["now"])))
         elif name == "checkpoint":
             self.saves += 1
         if name in ("end", "preemption", *FAILURES):

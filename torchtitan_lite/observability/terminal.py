@@ -53,7 +53,9 @@ def sparkline(values: Sequence[float], width: int, plain: bool = False) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units, as in 45 s, 1 min 05 s, 3 h 20 min, 2 d 04 h."""
+    """In the two largest units, as in 45 s, 1 min 05 s, 3 h 20 min, 2 d 04 h; n/a for what is not finite."""
+    if not math.isfinite(seconds):
+        return "n/a"
     if seconds < 9.95:
         return f"{max(0.0, seconds):.1f} s"
     whole = round(seconds)
