@@ -429,6 +429,17 @@ def test_what_needs_torchao_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatc
         prepare_job(plan_job(recipe, [setting], 1))
 
 
+def test_what_needs_a_compiler_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    with pytest.raises(UserError, match=r'needs a C\+\+ compiler, and there is no no-such-compiler .*"aot_eager"'):
+        prepare_job(plan_job(recipe, ["--compile.enable=true"], 1))
+    prepare_job(plan_job(recipe, ["--compile.enable=true", "--compile.backend=aot_eager"], 1))
+    monkeypatch.setattr("torchtitan_lite.preflight.accelerators", lambda: 1)
+    monkeypatch.setattr("torchtitan_lite.preflight.find_spec", lambda name: None if name == "triton" else name)
+    with pytest.raises(UserError, match=r"needs triton, which is not installed"):
+        prepare_job(plan_job(recipe, ["--compile.enable=true"], 1))
+
+
 def test_what_needs_tensorboard_says_so(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchtitan_lite.preflight.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"enable_tensorboard = true needs tensorboard, .* pip install tensorboard"):

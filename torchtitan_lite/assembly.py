@@ -134,9 +134,11 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
     float8 = config.quantize.linear.float8
     if uses_float8(config):
         # Here, as below: torchao takes a second to import.
-        from torchtitan_lite.quantization.float8 import apply_float8
+        from torchtitan_lite.quantization.float8 import apply_float8, keep_casts
 
         apply_float8(module, float8, device)
+        if config.compile.enable:
+            keep_casts(float8)
     if uses_grouped_float8(config):
         from torchtitan_lite.quantization.grouped import apply_grouped_float8
 

@@ -6,6 +6,7 @@ The launcher runs it once; each rank runs it again and finds the same, the corpu
 import fcntl
 import json
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -93,7 +94,8 @@ class JobPlan:
         return Saving(
             "all",
             width=4 if self.config.training.mixed_precision_param == "float32" else 2,
-            fused_norms=accelerators() > 0,
+            # A recipe in bfloat16 is one for GPUs, wherever it is looked at.
+            fused_norms=accelerators() > 0 or self.config.training.mixed_precision_param == "bfloat16",
             tp=self.dims.tp,
             cp=self.dims.cp,
             ep=self.dims.ep,
@@ -188,6 +190,7 @@ def prepare_job(plan: JobPlan) -> Prepared:
     _float8_of_experts_needs_accelerators(config)
     _memory_snapshots_need_accelerators(config)
     _torchao_is_there(config)
+    _compiler_is_there(config)
     _tensorboard_is_there(config)
     profiling = config.profiling
     folders = {
@@ -295,6 +298,23 @@ def _torchao_is_there(config: JobConfig) -> None:
     for setting, needed in asked.items():
         if needed and find_spec("torchao") is None:
             raise UserError(f'{setting} needs torchao, which is not installed: pip install "torchtitan-lite[torchao]"')
+
+
+def _compiler_is_there(config: JobConfig) -> None:
+    """What inductor writes, another compiler translates."""
+    if not config.compile.enable or config.compile.backend != "inductor":
+        return
+    mend = 'or set compile.backend = "aot_eager", or compile.enable = false'
+    if accelerators() and find_spec("triton") is None:
+        raise UserError(
+            f'compile.backend = "inductor" needs triton, which is not installed: pip install triton, {mend}'
+        )
+    program = os.environ.get("CXX", "g++").split()[0]
+    if not accelerators() and shutil.which(program) is None:
+        raise UserError(
+            f'compile.backend = "inductor" needs a C++ compiler, and there is no {program} (environment variable CXX); '
+            f"install one, {mend}"
+        )
 
 
 def _tensorboard_is_there(config: JobConfig) -> None:

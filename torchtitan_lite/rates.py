@@ -1,6 +1,7 @@
 """What a run's times are held against: the FLOPs of its model and the peak rates of its device."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -33,14 +34,16 @@ def float8_flops(plan: JobPlan) -> float:
         return 0.0
     with torch.device("meta"):
         model = plan.spec.build(plan.model_args)
-    of_layers = _of_linear_layers(model, linear) if layers else 0.0
+    # In parts the output matrix is multiplied as it is.
+    whole = (plan.parallel.head,) if plan.config.training.loss_chunks > 1 else ()
+    of_layers = _of_linear_layers(model, linear, whole) if layers else 0.0
     return of_layers + (0.0 if experts is None else _of_experts(model, grouped, experts))
 
 
-def _of_linear_layers(model: nn.Module, section: Float8) -> float:
+def _of_linear_layers(model: nn.Module, section: Float8, whole: Sequence[str | None]) -> float:
     from torchtitan_lite.quantization.float8 import left_out
 
-    left = left_out(model, section)
+    left = {*left_out(model, section), *whole}
     layers = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in left)
     # Forward, gradient of the input, gradient of the weight: two for each of its elements.
     each = 4 if section.recipe_name == "rowwise_with_gw_hp" else 6

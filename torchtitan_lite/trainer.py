@@ -279,6 +279,7 @@ class Trainer:
                 self.watchdog.beat("validation")
                 yield batch
 
+        settle(self.here.device)
         with self.clock.paused():
             # A pipeline's micro-batches have one size.
             size = self.plan.batch.microbatch_size if self.plan.pipeline else section.local_batch_size
@@ -305,6 +306,8 @@ class Trainer:
         done = step == self.config.training.steps and agreed.stop != signal.SIGABRT  # of faults: to be gone on from
         ends = done or bool(agreed.stop)
         due = ends or agreed.due or self.cadence.due(step)
+        if due:
+            settle(self.here.device)  # what is still to be computed counts as the step's
         with self.clock.paused(), self.watchdog.paused("saving a checkpoint"):
             if saver.in_flight and (due or agreed.written):
                 self._take_note()

@@ -19,7 +19,15 @@ from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.models.llama3.args import Llama3Args
 from torchtitan_lite.observability.sinks import read_lines
-from torchtitan_lite.quantization.float8 import apply_float8, float8_gathers, left_out, require_filters, require_shapes
+from torchtitan_lite.optim.chunked_loss import apply_chunked_loss, loss_and_gradient
+from torchtitan_lite.quantization.float8 import (
+    apply_float8,
+    float8_gathers,
+    keep_casts,
+    left_out,
+    require_filters,
+    require_shapes,
+)
 
 CPU = torch.device("cpu")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -53,6 +61,26 @@ def test_which_layers_compute_in_float8_is_told(caplog: pytest.LogCaptureFixture
     assert line.startswith("float8    tensorwise, 49 layers: layers.*.attention.wq, layers.*.attention.wk, ")
     assert 'not output: "output" in filter_fqns' in line
     assert 'layers.*.feed_forward.w3: "layers.7." in filter_fqns' in line
+
+
+def test_an_output_matrix_that_the_loss_takes_in_parts_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = _meta()
+    apply_chunked_loss(model, "output", 2, loss_and_gradient)
+    with caplog.at_level(logging.INFO):
+        apply_float8(model, Float8(emulate=True), CPU)
+    assert "; not output: the loss multiplies it in parts (training.loss_chunks)" in caplog.text
+
+
+def test_casts_are_kept_by_the_compiler_where_scales_are_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setattr(inductor, "emulate_precision_casts", False)
+    keep_casts(Float8(recipe_name="tensorwise"))
+    assert not inductor.emulate_precision_casts
+    for name in ("rowwise", "rowwise_with_gw_hp"):
+        monkeypatch.setattr(inductor, "emulate_precision_casts", False)
+        keep_casts(Float8(recipe_name=name))
+        assert inductor.emulate_precision_casts
 
 
 def test_that_products_are_slow_on_a_cpu_is_told(caplog: pytest.LogCaptureFixture) -> None:

@@ -75,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
         size = -(-len(labels_N) // chunks)
         for at in range(0, len(labels_N), size):
             hidden = hidden_ND[at : at + size]
-            logits = F.linear(hidden, weight_VD).float()
+            logits = F.linear(hidden, weight_VD)
             loss, grad = part(logits, labels_N[at : at + size], group)
             total += loss
             if hidden_grad_ND is not None and weight_grad_VD is not None:
@@ -97,8 +97,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The loss (sum over valid tokens) of float32 logits, which it overwrites, and its gradient by them."""
-    loss, grad_NV, column_N, here_N = shifted_softmax(logits_NV, labels_N, group)
+    """The loss (sum over valid tokens) of logits and its gradient by them, in float32; logits in it are overwritten."""
+    # Cast here, where the compiler makes no tensor of it.
+    loss, grad_NV, column_N, here_N = shifted_softmax(logits_NV.float(), labels_N, group)
     valid_N = labels_N != IGNORE
     grad_NV.scatter_add_(-1, column_N[:, None], -here_N.to(grad_NV.dtype)[:, None])
     return loss, grad_NV.mul_(valid_N[:, None])

@@ -55,6 +55,15 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
     logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), names_as_patterns(done), reasons)
 
 
+def keep_casts(section: Float8) -> None:
+    """Have the compiler round where eager mode does: with scales by row, a norm that it fuses with the cast before it
+    can give NaN (https://github.com/pytorch/pytorch/issues/150859)."""
+    if section.recipe_name != "tensorwise":
+        import torch._inductor.config as inductor
+
+        inductor.emulate_precision_casts = True
+
+
 def float8_gathers(
     model: nn.Module, section: Float8, styles: Mapping[str, TensorStyle], device: torch.device
 ) -> dict[str, ParallelStyle]:
@@ -118,7 +127,7 @@ def require_filters(model: nn.Module, section: Float8) -> None:
             raise UserError(
                 f'{_KEY}.filter_fqns: "{each}" is in no linear layer\'s name; some are {", ".join(layers[:3])}'
             )
-    if len(left_out(model, section)) == len(layers):
+    if set(layers) <= set(left_out(model, section)):
         raise UserError(f"{_KEY}.filter_fqns = {section.filter_fqns} leaves no layer to compute in float8; shorten it")
 
 
@@ -129,7 +138,11 @@ def left_out(model: nn.Module, section: Float8) -> dict[str, str]:
     filters = [name for name in section.filter_fqns if name != _AUTO]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     large = _auto_filter_for_recipe(section.recipe_name, []) if _AUTO in section.filter_fqns else None
-    left = {}
+    left = {
+        name: "the loss multiplies it in parts (training.loss_chunks)"
+        for name, module in model.named_modules()
+        if type(module).__name__ == "ChunkedHead"
+    }
     for name, module in layers.items():
         if (named := next((each for each in filters if each in name), None)) is not None:
             left[name] = f'"{named}" in filter_fqns'
