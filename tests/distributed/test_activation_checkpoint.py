@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.tiny import DEEP_LLAMA, DEEP_QWEN, MOE
-from torchtitan_lite.config.techniques import ActivationCheckpoint
+from torchtitan_lite.config.techniques import ActivationCheckpoint, Compile
 from torchtitan_lite.distributed.activation_checkpoint import apply_activation_checkpoint
+from torchtitan_lite.distributed.compile import apply_compile
+from torchtitan_lite.distributed.plans import ParallelPlan
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.models.common.initialize import initialize
 from torchtitan_lite.models.spec import ModelSpec
@@ -86,6 +89,52 @@ def test_what_is_computed_again() -> None:
     # w1 and w3 have one shape: both again, and every second of the rest is kept: wq, wv, w2.
     forced = ActivationCheckpoint("selective", "op", ["feed_forward.w1"])
     assert counted(forced) == (8 * 4, 0)
+
+
+def test_scales_of_float8_are_kept() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x / x.detach().abs().max()).sin()  # as float8 divides by the largest number, and needs the result
+
+    model = nn.ModuleDict({"layers": nn.ModuleDict({"0": Scaled()})})
+    apply_activation_checkpoint(model, ParallelPlan(fsdp_units=(("layers.*",),)), OP)
+    with Counted("aten::max") as counts:
+        model["layers"]["0"](torch.ones(4, requires_grad=True)).sum().backward()
+    assert counts.calls == 1
+
+
+class Counted(TorchDispatchMode):
+    """Counts an operation by name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.calls = name, 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += op._schema.name == self.name
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_memory_budget_is_what_a_compiled_block_keeps() -> None:
+    def kept(budget: float) -> int:
+        torch.compiler.reset()
+        args = DEEP_LLAMA.flavors["untied"]
+        model = build(DEEP_LLAMA, "untied", ActivationCheckpoint("memory_budget", memory_budget=budget))
+        apply_compile(model, DEEP_LLAMA.plan(args), Compile(enable=True, components=["model"], backend="aot_eager"))
+        sizes: dict[int, int] = {}
+        tokens = torch.randint(384, (1, 64), generator=torch.Generator().manual_seed(0))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: (sizes.update({x.data_ptr(): x.nbytes}), x)[1], lambda x: x
+        ):
+            model(tokens)
+        return sum(sizes.values())
+
+    try:
+        least, half, most = (kept(budget) for budget in (0.0, 0.5, 1.0))
+    finally:
+        functorch.activation_memory_budget = 1.0
+        torch.compiler.reset()
+    assert 1.5 * least < half < most / 1.2
 
 
 def test_a_name_of_no_matrix_is_refused() -> None:
