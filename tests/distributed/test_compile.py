@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from tests.ranks import RankPool
@@ -34,10 +35,12 @@ def _nothing_compiled() -> None:
         ((DEEP_LLAMA, "untied"), ActivationCheckpoint("none"), 1),
         ((DEEP_LLAMA, "untied"), ActivationCheckpoint("selective", "op"), 1),
         ((DEEP_LLAMA, "untied"), ActivationCheckpoint("selective", "3"), 2),
-        # Of a mixture attention alone is compiled, which checkpointing stays around.
-        ((MOE, "shared"), ActivationCheckpoint("selective", "3"), 1),
+        # Of a mixture attention and the shared expert, which checkpointing stays around.
+        ((MOE, "routed"), ActivationCheckpoint("selective", "3"), 1),
+        ((MOE, "shared"), ActivationCheckpoint("selective", "3"), 2),
+        ((MOE, "shared"), ActivationCheckpoint("selective", "op"), 2),
     ],
-    ids=["none", "op", "every third", "mixture, every third"],
+    ids=["none", "op", "every third", "mixture, every third", "shared expert, every third", "shared expert, op"],
 )
 def test_a_kind_of_block_is_a_graph(model: tuple[ModelSpec, str], section: ActivationCheckpoint, kinds: int) -> None:
     spec, flavor = model
@@ -66,6 +69,39 @@ def test_a_block_in_float8_is_a_graph() -> None:
         module(torch.randint(384, (2, 16))).sum().backward()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
+
+
+def test_a_budget_is_what_a_graph_keeps() -> None:
+    args = replace(DEEP_LLAMA.flavors["untied"], n_layers=1)
+    kept = []
+    with torch._functorch.config.patch(activation_memory_budget=1.0):
+        for budget in (0.0, 0.5, 1.0):
+            torch._dynamo.reset()
+            module = DEEP_LLAMA.build(args)
+            section = ActivationCheckpoint("memory_budget", memory_budget=budget)
+            apply_activation_checkpoint(module, DEEP_LLAMA.plan(args), section)
+            apply_compile(module, DEEP_LLAMA.plan(args), AOT)
+            kept.append(_saved(module))
+    assert kept[0] < 0.2 * kept[2]
+    assert 0.4 * kept[2] < kept[1] < 0.7 * kept[2]
+
+
+def _saved(module: nn.Module) -> int:
+    """Bytes that the blocks' forward keeps for the backward, parameters not."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    table, hidden = module.rope(torch.arange(64)), torch.randn(2, 64, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        for block in module.layers.values():
+            hidden = block(hidden, table, None)
+        return sum(saved.values())
 
 
 def test_the_loss_is_a_graph() -> None:
@@ -104,7 +140,7 @@ def _compiled(recipe: str, arguments: list[str]) -> list[dict[str, float]]:
     return told
 
 
-TP, CP, PP = (f"--parallelism.{name}_parallel_degree=2" for name in ("tensor", "context", "pipeline"))
+TP, CP, PP, EP = (f"--parallelism.{name}_parallel_degree=2" for name in ("tensor", "context", "pipeline", "expert"))
 OP = "--activation_checkpoint.selective_ac_option=op"
 SHALLOW = ("--model.spec=tests.tiny:SPEC", "--model.flavor=tiny")
 F8 = (
@@ -112,13 +148,14 @@ F8 = (
     "--quantize.linear.float8.enable_fsdp_float8_all_gather=true",
     "--quantize.linear.float8.emulate=true",
 )
+MIXTURE = ("--model.spec=tests.tiny:MOE", "--model.flavor=shared")
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize(
     "arguments",
-    [[TP, OP], [CP, "--training.loss_chunks=3"], [PP], [OP, *F8, *SHALLOW]],
-    ids=["tp, checkpointing by operation", "cp, loss in parts", "pp", "float8, gathered so"],
+    [[TP, OP], [CP, "--training.loss_chunks=3"], [PP], [OP, *F8, *SHALLOW], [EP, OP, *MIXTURE]],
+    ids=["tp, checkpointing by operation", "cp, loss in parts", "pp", "float8, gathered so", "a mixture, ep"],
 )
 def test_nothing_is_compiled_again(
     pool: RankPool, tmp_path: Path, corpus: Path, cache: Path, arguments: list[str]

@@ -1,6 +1,6 @@
 """torch.compile, a graph for each kind of block."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -37,17 +37,25 @@ def compiled_so_far() -> dict[str, float]:
 def apply_compile(model: nn.Module, plan: ParallelPlan, section: Compile) -> None:
     """Where the section compiles the model, do so with its blocks, in place: they repeat, and one graph serves all.
 
-    Of a block with a mixture of experts its attention: how many tokens an expert has is no part of a graph.
+    Of a block with a mixture of experts its attention and the shared expert: how many tokens an expert has is no part
+    of a graph.
     """
     if not section.enable or "model" not in section.components:
         return
     mixtures = {module for name, module in model.named_modules() if plan.experts and matches(name, plan.experts.moe)}
     for pattern in block_patterns(plan):
         for (block,) in unit_modules(model, ((pattern,),)):
-            children = list(block.children())
-            if mixtures.isdisjoint(children):
-                parts = [block]
-            else:  # a norm alone is no graph
-                parts = [child for child in children if child not in mixtures and any(child.children())]
-            for part in parts:
+            for part in _parts(block, mixtures):
                 part.compile(backend=section.backend, fullgraph=True)
+
+
+def _parts(block: nn.Module, mixtures: set[nn.Module]) -> Iterator[nn.Module]:
+    if mixtures.isdisjoint(block.children()):
+        yield block
+        return
+    for child in block.children():
+        if child in mixtures:
+            if isinstance(shared := getattr(child, "shared", None), nn.Module):
+                yield shared
+        elif any(child.children()):  # a norm alone is no graph: torch traces none of its own modules' code by itself
+            yield child
