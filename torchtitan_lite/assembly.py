@@ -136,7 +136,7 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
         # Here, as below: torchao takes a second to import.
         from torchtitan_lite.quantization.float8 import apply_float8
 
-        apply_float8(module, float8, device)
+        apply_float8(module, float8, device, compiled=config.compile.enable)
     if uses_grouped_float8(config):
         from torchtitan_lite.quantization.grouped import apply_grouped_float8
 

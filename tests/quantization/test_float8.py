@@ -95,6 +95,16 @@ def test_small_layers_are_left_on_request() -> None:
     assert left["layers.3.attention.wk"] == "too small to gain (auto_filter_small)"
 
 
+def test_compiled_rows_are_rounded_where_eager_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "emulate_precision_casts", False)
+    for recipe, compiled in (("tensorwise", True), ("rowwise", False), ("rowwise", True), ("rowwise_with_gw_hp", True)):
+        config.emulate_precision_casts = False
+        apply_float8(_meta(), Float8(recipe, emulate=True), CPU, compiled=compiled)  # type: ignore[arg-type]
+        assert config.emulate_precision_casts is (compiled and recipe != "tensorwise"), (recipe, compiled)
+
+
 def test_hardware_without_float8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")

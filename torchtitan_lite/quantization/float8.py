@@ -28,10 +28,10 @@ _OUR_VIEWS = "FSDPRMSNorm, FSDPFloat8Linear|FSDPDecoder"
 _KEY = "quantize.linear.float8"
 
 
-def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> None:
+def apply_float8(model: nn.Module, section: Float8, device: torch.device, *, compiled: bool = False) -> None:
     """Make the linear layers of `model` (on meta) compute in float8, in place, but for those that are filtered out.
 
-    Raises UserError where the device has no float8.
+    compiled: whether it will be. Raises UserError where the device has no float8.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
@@ -46,6 +46,8 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
         # Its fields are derived from one another once; replace() would derive them again.
         object.__setattr__(recipe, "emulate", section.emulate)
         config = recipe
+        if compiled:
+            _round_where_eager_does()
     # Its layers return views of their products, where FSDP warns of operations in place: the models do none, and the
     # losses are functions of copies. Of other models, whose author may have to act, it is shown.
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(({_OUR_VIEWS})\) returned a view tensor")
@@ -153,6 +155,14 @@ def _require_hardware(section: Float8, device: torch.device) -> None:
             f"{_KEY}: {torch.cuda.get_device_name(device)} has no float8 products (compute capability 8.9 or more); "
             f"set {_KEY}.emulate = true, or take it out of model.converters"
         )
+
+
+def _round_where_eager_does() -> None:
+    """Otherwise scales of rows are of numbers that fused norms have not rounded yet, and can become NaN on CUDA
+    (pytorch/pytorch#150859)."""
+    from torch._inductor import config
+
+    config.emulate_precision_casts = True
 
 
 def _is_float8(module: nn.Module) -> bool:
