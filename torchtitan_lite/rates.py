@@ -33,14 +33,15 @@ def float8_flops(plan: JobPlan) -> float:
         return 0.0
     with torch.device("meta"):
         model = plan.spec.build(plan.model_args)
-    of_layers = _of_linear_layers(model, linear) if layers else 0.0
+    head = plan.parallel.head_in_loss(plan.config.training.loss_chunks)
+    of_layers = _of_linear_layers(model, linear, head) if layers else 0.0
     return of_layers + (0.0 if experts is None else _of_experts(model, grouped, experts))
 
 
-def _of_linear_layers(model: nn.Module, section: Float8) -> float:
+def _of_linear_layers(model: nn.Module, section: Float8, head: str | None) -> float:
     from torchtitan_lite.quantization.float8 import left_out
 
-    left = left_out(model, section)
+    left = left_out(model, section, head)
     layers = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in left)
     # Forward, gradient of the input, gradient of the weight: two for each of its elements.
     each = 4 if section.recipe_name == "rowwise_with_gw_hp" else 6

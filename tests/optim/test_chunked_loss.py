@@ -57,9 +57,7 @@ def test_bfloat16_sums_over_chunks_in_float32() -> None:
 
 
 @pytest.mark.parametrize("works", [True, False])
-def test_products_are_added_where_they_are_computed_if_torch_can(
-    monkeypatch: pytest.MonkeyPatch, works: bool
-) -> None:
+def test_products_are_added_where_they_are_computed_if_torch_can(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
     """As on CUDA; one that gives wrong numbers is not taken."""
     sums: list[tuple[int, ...]] = []
 

@@ -28,15 +28,17 @@ _OUR_VIEWS = "FSDPRMSNorm, FSDPFloat8Linear|FSDPDecoder"
 _KEY = "quantize.linear.float8"
 
 
-def apply_float8(model: nn.Module, section: Float8, device: torch.device, *, compiled: bool = False) -> None:
+def apply_float8(
+    model: nn.Module, section: Float8, device: torch.device, *, head: str | None = None, compiled: bool = False
+) -> None:
     """Make the linear layers of `model` (on meta) compute in float8, in place, but for those that are filtered out.
 
-    compiled: whether it will be. Raises UserError where the device has no float8.
+    head: as of left_out. compiled: whether the model will be. Raises UserError where the device has no float8.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     _require_hardware(section, device)
-    left = left_out(model, section)
+    left = left_out(model, section, head)
     if section.enable_fsdp_float8_all_gather or section.recipe_name == "tensorwise":
         config = Float8LinearConfig(
             enable_fsdp_float8_all_gather=section.enable_fsdp_float8_all_gather, emulate=section.emulate
@@ -112,20 +114,22 @@ def precompute_scales(parts: Iterable[nn.Module]) -> None:
         precompute_float8_dynamic_scale_for_fsdp(part)
 
 
-def require_filters(model: nn.Module, section: Float8) -> None:
-    """Raise UserError where a filter names no layer of the whole `model`, and where they leave none."""
+def require_filters(model: nn.Module, section: Float8, head: str | None = None) -> None:
+    """Raise UserError where a filter names no layer of the whole `model`, and where they leave none. head: as of
+    left_out."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for each in section.filter_fqns:
         if each != _AUTO and not any(each in name for name in layers):
             raise UserError(
                 f'{_KEY}.filter_fqns: "{each}" is in no linear layer\'s name; some are {", ".join(layers[:3])}'
             )
-    if len(left_out(model, section)) == len(layers):
+    if left_out(model, section, head).keys() >= set(layers):
         raise UserError(f"{_KEY}.filter_fqns = {section.filter_fqns} leaves no layer to compute in float8; shorten it")
 
 
-def left_out(model: nn.Module, section: Float8) -> dict[str, str]:
-    """Linear layers that stay as they are, each with the reason."""
+def left_out(model: nn.Module, section: Float8, head: str | None = None) -> dict[str, str]:
+    """Linear layers that stay as they are, each with the reason. head: the module that is one with the loss, or is to
+    become it; None for none."""
     from torchao.float8 import _auto_filter_for_recipe
 
     filters = [name for name in section.filter_fqns if name != _AUTO]
@@ -137,6 +141,8 @@ def left_out(model: nn.Module, section: Float8) -> dict[str, str]:
             left[name] = f'"{named}" in filter_fqns'
         elif large is not None and not large(module, name):
             left[name] = f"too small to gain ({_AUTO})"
+    if head is not None and getattr(model, head) is not None:  # a pipeline's other stages have none
+        left.setdefault(head, "in one with the loss (training.loss_chunks)")
     return left
 
 
