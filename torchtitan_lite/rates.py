@@ -1,6 +1,7 @@
 """What a run's times are held against: the FLOPs of its model and the peak rates of its device."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -15,13 +16,14 @@ from torchtitan_lite.preflight import JobPlan
 logger = logging.getLogger("torchtitan_lite")
 
 
-def step_clock(plan: JobPlan, device_name: str) -> StepClock:
-    """A clock with the peaks that fit the plan's precision; says at the start which they are, or why there is none."""
+def step_clock(plan: JobPlan, device_name: str, settle: Callable[[], None]) -> StepClock:
+    """A clock with the peaks that fit the plan's precision; says at the start which they are, or why there is none.
+    settle: as of StepClock."""
     flops = sum(plan.model_args.flops_by_module(plan.config.training.seq_len).values())
     share = float8_flops(plan) / flops
     peaks, told = _peaks(device_name, plan.config.training.mixed_precision_param, share)
     logger.info("peak      %s", told)
-    return StepClock(flops, plan.tokens_per_step, plan.dims.world_size, peaks)
+    return StepClock(flops, plan.tokens_per_step, plan.dims.world_size, peaks, settle)
 
 
 def float8_flops(plan: JobPlan) -> float:
