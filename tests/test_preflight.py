@@ -99,6 +99,18 @@ def test_what_follows_is_told_in_words(recipe: Path) -> None:
         assert dict(plan_job(recipe, overrides, 2).derived())["kept"] == kept
 
 
+def test_what_blocks_keep_in_bfloat16_is_told_for_a_gpu_wherever_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Path(__file__).parents[1] / "train_configs" / "llama3_8b.toml"
+
+    def kept(gpus: str, precision: str) -> str:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        return dict(plan_job(recipe, [f"--training.mixed_precision_param={precision}"], 8).derived())["kept"]
+
+    assert kept("", "bfloat16") == f"{kept('0', 'bfloat16')}; on a GPU, as bfloat16 is for"
+    assert "on a GPU" not in kept("", "float32")
+    assert kept("", "float32") != kept("0", "float32")
+
+
 @pytest.mark.parametrize(
     ("overrides", "ranks", "message"),
     [

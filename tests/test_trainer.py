@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,6 +33,32 @@ def _run(pool: RankPool, ranks: int, recipe: Path, folder: Path, *overrides: str
 @pytest.fixture
 def recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:
     return write_recipe(tmp_path / "tiny.toml", corpus, cache)
+
+
+def _settled(recipe: str, *overrides: str) -> list[int]:
+    """Steps after which a run waits for its device, as far as its rates need it."""
+    from torchtitan_lite.observability.histograms import settle
+    from torchtitan_lite.trainer import Trainer
+
+    steps, step, waits = [0], Trainer.step, []
+
+    def counted(trainer: Trainer, batches: Any) -> Any:
+        steps.append(trainer.progress.step + 1)
+        return step(trainer, batches)
+
+    def waited(device: Any) -> None:
+        waits.append(steps[-1])
+        settle(device)
+
+    with patch.object(Trainer, "step", counted), patch("torchtitan_lite.trainer.settle", waited):
+        assert _train(recipe, *overrides) == 0
+    return waits
+
+
+def test_steps_end_before_a_save_or_a_validation_stops_the_clock(pool: RankPool, recipe: Path, tmp_path: Path) -> None:
+    settings = ("--training.steps=7", "--checkpoint.interval=2", "--validation.enable=true", "--validation.freq=3")
+    settings += ("--checkpoint.enable=true", "--data.validation_fraction=0.2", f"--job.dump_folder={tmp_path / 'run'}")
+    assert pool.run(_settled, 1, str(recipe), *settings, group=False) == [[2, 3, 4, 6, 6, 7, 7]]
 
 
 MESHES = [

@@ -108,7 +108,8 @@ def _built(recipe: Recipe, stage: int | None) -> nn.Module:
     if uses_float8(recipe.config):
         from torchtitan_lite.quantization.float8 import require_filters
 
-        require_filters(module, recipe.config.quantize.linear.float8)
+        head = recipe.plan.head_in_loss(recipe.config.training.loss_chunks)
+        require_filters(module, recipe.config.quantize.linear.float8, head)
     if uses_grouped_float8(recipe.config):
         from torchtitan_lite.quantization.grouped import require_named_experts
 
@@ -127,18 +128,16 @@ def _spread(recipe: Recipe, module: nn.Module, axes: _Axes, device: torch.device
     if context is not None and plan.context is not None:
         method, seq_len = config.parallelism.context_parallel_rotate_method, config.training.seq_len
         apply_context_parallel(module, context, plan.context, method, seq_len)
-    if config.training.loss_chunks > 1 and plan.head is not None:
+    if (head := plan.head_in_loss(config.training.loss_chunks)) is not None:
         part = compiled_loss(loss_and_gradient, config.compile)
-        apply_chunked_loss(module, plan.head, config.training.loss_chunks, part)
+        apply_chunked_loss(module, head, config.training.loss_chunks, part)
     # Layers that tensor parallelism then splits, and FSDP gathers in float8; experts that are then shared out.
     float8 = config.quantize.linear.float8
     if uses_float8(config):
         # Here, as below: torchao takes a second to import.
-        from torchtitan_lite.quantization.float8 import apply_float8, keep_casts
+        from torchtitan_lite.quantization.float8 import apply_float8
 
-        apply_float8(module, float8, device)
-        if config.compile.enable:
-            keep_casts(float8)
+        apply_float8(module, float8, device, head=head, compiled=config.compile.enable)
     if uses_grouped_float8(config):
         from torchtitan_lite.quantization.grouped import apply_grouped_float8
 

@@ -94,7 +94,7 @@ class JobPlan:
         return Saving(
             "all",
             width=4 if self.config.training.mixed_precision_param == "float32" else 2,
-            # A recipe in bfloat16 is one for GPUs, wherever it is looked at.
+            # What is in bfloat16 is meant for a GPU, wherever its plan is made.
             fused_norms=accelerators() > 0 or self.config.training.mixed_precision_param == "bfloat16",
             tp=self.dims.tp,
             cp=self.dims.cp,
@@ -118,7 +118,8 @@ class JobPlan:
         each = ", ".join(f"{told(kind)} of a micro-batch in each of {count} blocks" for kind, count in kinds.items())
         whole = "" if "all" in kinds else f", {told('all')} without checkpointing"
         compiled = "; less where the compiler recomputes" if config.compile.enable else ""
-        return f"{each}{whole}{compiled}"
+        elsewhere = "; on a GPU, as bfloat16 is for" if saving.fused_norms and not accelerators() else ""
+        return f"{each}{whole}{compiled}{elsewhere}"
 
     def warnings(self) -> list[str]:
         """What is legal and probably not meant."""

@@ -1,7 +1,7 @@
 """What a run's times are held against: the FLOPs of its model and the peak rates of its device."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,13 +16,14 @@ from torchtitan_lite.preflight import JobPlan
 logger = logging.getLogger("torchtitan_lite")
 
 
-def step_clock(plan: JobPlan, device_name: str) -> StepClock:
-    """A clock with the peaks that fit the plan's precision; says at the start which they are, or why there is none."""
+def step_clock(plan: JobPlan, device_name: str, settle: Callable[[], None]) -> StepClock:
+    """A clock with the peaks that fit the plan's precision; says at the start which they are, or why there is none.
+    settle: as of StepClock."""
     flops = sum(plan.model_args.flops_by_module(plan.config.training.seq_len).values())
     share = float8_flops(plan) / flops
     peaks, told = _peaks(device_name, plan.config.training.mixed_precision_param, share)
     logger.info("peak      %s", told)
-    return StepClock(flops, plan.tokens_per_step, plan.dims.world_size, peaks)
+    return StepClock(flops, plan.tokens_per_step, plan.dims.world_size, peaks, settle)
 
 
 def float8_flops(plan: JobPlan) -> float:
@@ -34,16 +35,15 @@ def float8_flops(plan: JobPlan) -> float:
         return 0.0
     with torch.device("meta"):
         model = plan.spec.build(plan.model_args)
-    # In parts the output matrix is multiplied as it is.
-    whole = (plan.parallel.head,) if plan.config.training.loss_chunks > 1 else ()
-    of_layers = _of_linear_layers(model, linear, whole) if layers else 0.0
+    head = plan.parallel.head_in_loss(plan.config.training.loss_chunks)
+    of_layers = _of_linear_layers(model, linear, head) if layers else 0.0
     return of_layers + (0.0 if experts is None else _of_experts(model, grouped, experts))
 
 
-def _of_linear_layers(model: nn.Module, section: Float8, whole: Sequence[str | None]) -> float:
+def _of_linear_layers(model: nn.Module, section: Float8, head: str | None) -> float:
     from torchtitan_lite.quantization.float8 import left_out
 
-    left = {*left_out(model, section), *whole}
+    left = left_out(model, section, head)
     layers = (module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in left)
     # Forward, gradient of the input, gradient of the weight: two for each of its elements.
     each = 4 if section.recipe_name == "rowwise_with_gw_hp" else 6

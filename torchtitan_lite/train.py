@@ -89,6 +89,7 @@ def _train(plan: JobPlan, prepared: Prepared) -> int:
     try:
         if here.device.type == "cpu":
             _without_accelerator(plan.config)
+        runtime.prefer_cudnn_attention(here.device, plan.config.training.seq_len, plan.dims.cp)
         settings = flat(asdict(plan.config)) | flat(identity(plan, prepared))
         if plan.pipeline is not None:
             settings["the schedule file's order"] = plan.pipeline.order

@@ -109,7 +109,7 @@ class Trainer:
         )
         self.cadence = Cadence(config.checkpoint.interval, config.checkpoint.interval_minutes)
         self.signals = StopSignals(config.elastic.grace_seconds)
-        self.clock = step_clock(plan, here.device_name)
+        self.clock = step_clock(plan, here.device_name, partial(settle, here.device))
         profiled = (config.profiling, plan.folder, config.training.steps)
         self.profiler = Profiler(*profiled, here, log, watchdog, self.clock)
         self.progress, self.saved = Progress(), 0
@@ -200,7 +200,6 @@ class Trainer:
         if self.histograms is None or step % self.config.metrics.histogram_freq:
             return
         self.watchdog.beat("histograms")
-        settle(self.here.device)
         with self.clock.paused():
             counted = self.histograms.count()
             if self.log.board is not None:
@@ -279,7 +278,6 @@ class Trainer:
                 self.watchdog.beat("validation")
                 yield batch
 
-        settle(self.here.device)
         with self.clock.paused():
             # A pipeline's micro-batches have one size.
             size = self.plan.batch.microbatch_size if self.plan.pipeline else section.local_batch_size
@@ -306,9 +304,7 @@ class Trainer:
         done = step == self.config.training.steps and agreed.stop != signal.SIGABRT  # of faults: to be gone on from
         ends = done or bool(agreed.stop)
         due = ends or agreed.due or self.cadence.due(step)
-        if due:
-            settle(self.here.device)  # what is still to be computed counts as the step's
-        with self.clock.paused(), self.watchdog.paused("saving a checkpoint"):
+        with self.clock.paused(settled=due), self.watchdog.paused("saving a checkpoint"):
             if saver.in_flight and (due or agreed.written):
                 self._take_note()
             for attempt in range(3 if ends else 1):

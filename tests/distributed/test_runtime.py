@@ -70,6 +70,45 @@ def test_one_process_needs_no_torchrun(pool: RankPool) -> None:
     assert pool.run(_start_alone, 1, group=False) == [(0, 1, 1)]
 
 
+_TORCHS_ORDER = [1, 2, 0, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "seq_len", "cp", "first"),
+    [
+        ((9, 0), 91002, 8192, 1, True),
+        ((10, 0), 91002, 8192, 4, True),
+        ((9, 0), 91002, 8190, 1, False),  # where the older cuDNN is wrong
+        ((9, 0), 91002, 1024, 8, False),
+        ((9, 0), 91501, 8190, 1, True),
+        ((9, 0), None, 8192, 1, False),
+        ((8, 0), 91501, 8192, 1, False),
+    ],
+)
+def test_attention_tries_cudnn_first_where_it_is_the_fastest_and_right(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    cudnn: int | None,
+    seq_len: int,
+    cp: int,
+    first: bool,
+) -> None:
+    order = [list(_TORCHS_ORDER)]
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch._C, "_get_sdp_priority_order", lambda: order[-1])
+    monkeypatch.setattr(torch._C, "_set_sdp_priority_order", order.append)
+    runtime.prefer_cudnn_attention(torch.device("cpu"), seq_len, cp)
+    assert order == [_TORCHS_ORDER]
+    runtime.prefer_cudnn_attention(torch.device("cuda"), seq_len, cp)
+    assert order[-1] == ([3, 1, 2, 0, 4] if first else _TORCHS_ORDER)
+    monkeypatch.setenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    order[1:] = []
+    runtime.prefer_cudnn_attention(torch.device("cuda"), seq_len, cp)
+    assert order == [_TORCHS_ORDER]
+
+
 def _axes() -> dict[str, int]:
     mesh = build_mesh(ParallelDims(dp_replicate=2, dp_shard=2), "cpu")
     assert mesh.mesh_dim_names is not None

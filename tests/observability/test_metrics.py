@@ -69,6 +69,19 @@ def test_what_is_paused_does_not_count(clock_time: _Time) -> None:
     assert record["tps"] == 50.0
 
 
+def test_what_a_device_has_yet_to_do_counts_before_a_pause(clock_time: _Time) -> None:
+    def settle() -> None:
+        clock_time.now += 3.0
+
+    clock = StepClock(1e9, 100, 1, {}, settle)
+    _steps(clock, clock_time, count=1, seconds=2.0)
+    with clock.paused(settled=False):
+        pass
+    with clock.paused():
+        clock_time.now += 50.0
+    assert clock.record()["step_time_s"] == 5.0
+
+
 def test_a_pause_across_a_record_is_the_next_windows_to_leave_out(clock_time: _Time) -> None:
     clock = StepClock(1e9, 100, 1, {})
     _steps(clock, clock_time, count=1, seconds=2.0)

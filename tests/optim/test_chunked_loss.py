@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan_lite.optim import chunked_loss
 from torchtitan_lite.optim.chunked_loss import ChunkedHead, chunked_loss_sum, loss_and_gradient
 from torchtitan_lite.optim.loss import IGNORE
 
@@ -53,6 +54,43 @@ def test_bfloat16_sums_over_chunks_in_float32() -> None:
         error(chunked_loss_sum(hidden, weight, labels, 37, loss_and_gradient, None)),
     )
     assert all(mine <= 1.5 * its for mine, its in zip(chunked, plain, strict=True)), (chunked, plain)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_products_are_added_where_they_are_computed_if_torch_can(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    """As on CUDA; one that gives wrong numbers is not taken."""
+    sums: list[tuple[int, ...]] = []
+
+    def addmm(total: Tensor, left: Tensor, right: Tensor, *, out_dtype: torch.dtype, out: Tensor) -> Tensor:
+        assert out_dtype == total.dtype == torch.float32
+        assert out is total
+        sums.append(tuple(total.shape))
+        return out.addmm_(left.float(), right.float()) if works else out.zero_()
+
+    hidden, weight, labels = given(torch.bfloat16)
+    expected = torch.autograd.grad(chunked_loss_sum(hidden, weight, labels, 4, loss_and_gradient, None), weight)
+    chunked_loss._sums_within_products.cache_clear()
+    monkeypatch.setattr(torch, "addmm", addmm)
+    try:
+        found = torch.autograd.grad(chunked_loss_sum(hidden, weight, labels, 4, loss_and_gradient, None), weight)
+    finally:
+        chunked_loss._sums_within_products.cache_clear()
+    assert sums == [(16, 16), *[(VOCABULARY, DIM)] * 4 * works]
+    assert (found[0].float() - expected[0].float()).norm() < 1e-2 * expected[0].float().norm()
+
+
+def test_a_part_takes_and_gives_the_type_of_the_product() -> None:
+    """What casts is then in the compiled part."""
+    hidden, weight, labels = given(torch.bfloat16)
+    types = []
+
+    def part(logits: Tensor, labels: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+        loss, grad = loss_and_gradient(logits, labels, group)
+        types.append((logits.dtype, loss.dtype, grad.dtype))
+        return loss, grad
+
+    chunked_loss_sum(hidden, weight, labels, 1, part, None)
+    assert types == [(torch.bfloat16, torch.float32, torch.bfloat16)]
 
 
 class Largest(TorchDispatchMode):

@@ -20,14 +20,7 @@ from torchtitan_lite.models.llama3 import SPEC as LLAMA3
 from torchtitan_lite.models.llama3.args import Llama3Args
 from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.optim.chunked_loss import apply_chunked_loss, loss_and_gradient
-from torchtitan_lite.quantization.float8 import (
-    apply_float8,
-    float8_gathers,
-    keep_casts,
-    left_out,
-    require_filters,
-    require_shapes,
-)
+from torchtitan_lite.quantization.float8 import apply_float8, float8_gathers, left_out, require_filters, require_shapes
 
 CPU = torch.device("cpu")
 RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
@@ -63,24 +56,20 @@ def test_which_layers_compute_in_float8_is_told(caplog: pytest.LogCaptureFixture
     assert 'layers.*.feed_forward.w3: "layers.7." in filter_fqns' in line
 
 
-def test_an_output_matrix_that_the_loss_takes_in_parts_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    model = _meta()
-    apply_chunked_loss(model, "output", 2, loss_and_gradient)
+def test_an_output_that_is_one_with_the_loss_is_told_to_stay_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    section, model = Float8(emulate=True), _meta()
+    apply_chunked_loss(model, "output", 4, loss_and_gradient)
     with caplog.at_level(logging.INFO):
-        apply_float8(model, Float8(emulate=True), CPU)
-    assert "; not output: the loss multiplies it in parts (training.loss_chunks)" in caplog.text
-
-
-def test_casts_are_kept_by_the_compiler_where_scales_are_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch._inductor.config as inductor
-
-    monkeypatch.setattr(inductor, "emulate_precision_casts", False)
-    keep_casts(Float8(recipe_name="tensorwise"))
-    assert not inductor.emulate_precision_casts
-    for name in ("rowwise", "rowwise_with_gw_hp"):
-        monkeypatch.setattr(inductor, "emulate_precision_casts", False)
-        keep_casts(Float8(recipe_name=name))
-        assert inductor.emulate_precision_casts
+        apply_float8(model, section, CPU, head="output")
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "torchtitan_lite"]
+    assert line.endswith("; not output: in one with the loss (training.loss_chunks)")
+    # What is left of the layers with all others filtered out, and what another pipeline stage is told.
+    with pytest.raises(UserError, match="leaves no layer to compute in float8"):
+        require_filters(_meta(), Float8(filter_fqns=["layers"]), "output")
+    require_filters(_meta(), Float8(filter_fqns=["layers"]))
+    stage = _meta()
+    stage.output = None  # type: ignore[assignment]
+    assert not left_out(stage, section, "output")
 
 
 def test_that_products_are_slow_on_a_cpu_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -121,6 +110,16 @@ def test_small_layers_are_left_on_request() -> None:
     assert left["output"] == '"output" in filter_fqns'
     assert {name.split(".")[-1] for name in left} == {"wk", "wv", "output"}
     assert left["layers.3.attention.wk"] == "too small to gain (auto_filter_small)"
+
+
+def test_compiled_rows_are_rounded_where_eager_rounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "emulate_precision_casts", False)
+    for recipe, compiled in (("tensorwise", True), ("rowwise", False), ("rowwise", True), ("rowwise_with_gw_hp", True)):
+        config.emulate_precision_casts = False
+        apply_float8(_meta(), Float8(recipe, emulate=True), CPU, compiled=compiled)  # type: ignore[arg-type]
+        assert config.emulate_precision_casts is (compiled and recipe != "tensorwise"), (recipe, compiled)
 
 
 def test_hardware_without_float8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +182,41 @@ def test_float8_is_the_same_on_every_mesh_that_has_the_same_micro_batches(
         assert losses[0] == pytest.approx(one[0], rel=1e-6), name
         # A difference in the last bit rounds to another float8 here and there.
         assert losses == pytest.approx(one, rel=2e-4), name
+
+
+def _assembled(recipe: str) -> tuple[str, bool]:
+    """What a run with the loss in parts, compiled, says of float8; whether inductor rounds where eager mode does."""
+    import torch.distributed as dist
+    from torch._inductor import config
+
+    from torchtitan_lite.assembly import Recipe, assemble
+    from torchtitan_lite.distributed.mesh import build_mesh
+    from torchtitan_lite.preflight import plan_job
+
+    told, handler = [], logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    rows = "--quantize.linear.float8.recipe_name=rowwise"
+    plan = plan_job(recipe, ["--training.loss_chunks=4", "--compile.enable=true", rows], 1)
+    logger = logging.getLogger("torchtitan_lite")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with patch.object(config, "emulate_precision_casts", False):
+            parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
+            assemble(parts, build_mesh(plan.dims, "cpu"), CPU, dist.get_rank())
+            rounds = bool(config.emulate_precision_casts)
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+    return next(line for line in told if line.startswith("float8")), rounds
+
+
+def test_a_run_leaves_the_output_out_that_is_one_with_its_loss(pool: RankPool, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace('filter_fqns = ["output"]', "filter_fqns = []"))
+    ((line, rounds),) = pool.run(_assembled, 1, str(recipe))
+    assert line.endswith("; not output: in one with the loss (training.loss_chunks)")
+    assert rounds
 
 
 def _train_as_on_cuda(recipe: str, *overrides: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend
 
 from torchtitan_lite.config.schema import Comm, Debug
 from torchtitan_lite.distributed.environment import cores, count_from, environment_ranks
@@ -18,6 +19,8 @@ from torchtitan_lite.errors import UserError
 _SLOWEST_DISK = timedelta(hours=1)
 # Collectives wait so much longer than the watchdog, which says more of a hang than the error that they raise.
 AFTER_THE_WATCHDOG_S = 15
+_HOPPER_AND_BLACKWELL = ((9, 0), (10, 0))  # compute capabilities on which cuDNN's attention is the fastest
+_CUDNN_OF_ALL_LENGTHS = 91501
 RECORDED = "collectives_rank_"  # and the rank: what the flight recorder has
 
 
@@ -42,6 +45,23 @@ def start(comm: Comm, debug: Debug) -> Runtime:
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return Runtime(rank, world_size, device, name)
+
+
+def prefer_cudnn_attention(device: torch.device, seq_len: int, cp: int) -> None:
+    """Have attention try cuDNN first on Hopper and Blackwell, also with the cuDNN of CUDA 12's wheels, which torch by
+    itself passes over: before 9.15.1 it is wrong where a sequence is no multiple of 128 (pytorch/pytorch#169849).
+
+    cp: ranks that share a sequence; attention may then see two pieces of it for each.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) not in _HOPPER_AND_BLACKWELL:
+        return
+    if "TORCH_CUDNN_SDPA_DEPRIORITIZED" in os.environ:  # torch's own switch
+        return
+    version = torch.backends.cudnn.version()
+    if version is not None and (version >= _CUDNN_OF_ALL_LENGTHS or seq_len % (128 * (2 * cp if cp > 1 else 1)) == 0):
+        cudnn = int(SDPBackend.CUDNN_ATTENTION)  # type: ignore[call-overload]
+        order = torch._C._get_sdp_priority_order()
+        torch._C._set_sdp_priority_order([cudnn, *(each for each in order if each != cudnn)])
 
 
 def record_collectives(comm: Comm, folder: Path) -> None:

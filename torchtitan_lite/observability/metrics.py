@@ -1,7 +1,7 @@
 """Rates and records of the steps between two log lines. No torch, no sync: what is measured is handed in."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +12,14 @@ class StepClock:
     """Times since the last record.
 
     flops_per_token, tokens_per_step: of the whole step. devices: ranks that share it. peaks: name of a utilisation to
-    the TFLOP/s of one device that it is over, None where unknown.
+    the TFLOP/s of one device that it is over, None where unknown. settle: waits for what the device has yet to do.
     """
 
     flops_per_token: float
     tokens_per_step: int
     devices: int
     peaks: Mapping[str, float | None]
+    settle: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self.restart()
@@ -35,8 +36,11 @@ class StepClock:
         self._steps += 1
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what is no step: validation, checkpoints."""
+    def paused(self, *, settled: bool = True) -> Iterator[None]:
+        """Leave out what is no step: validation, checkpoints. settled: False for what is over at once, and not worth a
+        wait for the device, whose steps' time it would leave out else."""
+        if settled:
+            self.settle()
         paused = time.perf_counter()
         yield
         self._start += time.perf_counter() - paused

@@ -7,6 +7,7 @@ Shapes: B batch, L sequence, N = B x L tokens, D width, V vocabulary, a rank's p
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from torchtitan_lite.optim.loss import IGNORE, shifted_softmax
 
-# As loss_and_gradient.
+# As loss_and_gradient, which takes what a compiler then fuses: the matrix product's own type in and out.
 Part = Callable[[Tensor, Tensor, dist.ProcessGroup | None], tuple[Tensor, Tensor]]
 
 
@@ -75,16 +76,11 @@ class _ChunkedLoss(torch.autograd.Function):
         size = -(-len(labels_N) // chunks)
         for at in range(0, len(labels_N), size):
             hidden = hidden_ND[at : at + size]
-            logits = F.linear(hidden, weight_VD)
-            loss, grad = part(logits, labels_N[at : at + size], group)
+            loss, grad = part(F.linear(hidden, weight_VD), labels_N[at : at + size], group)
             total += loss
             if hidden_grad_ND is not None and weight_grad_VD is not None:
-                grad = grad.to(weight_VD.dtype)
                 torch.mm(grad, weight_VD, out=hidden_grad_ND[at : at + size])
-                if weight_VD.dtype == torch.float32:
-                    weight_grad_VD.addmm_(grad.T, hidden)
-                else:
-                    weight_grad_VD += grad.T @ hidden
+                _add_product(weight_grad_VD, grad.T, hidden)
         if hidden_grad_ND is not None and weight_grad_VD is not None:
             ctx.save_for_backward(hidden_grad_ND, weight_grad_VD.to(weight_VD.dtype))
         return total
@@ -97,9 +93,31 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def loss_and_gradient(logits_NV: Tensor, labels_N: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    """The loss (sum over valid tokens) of logits and its gradient by them, in float32; logits in it are overwritten."""
-    # Cast here, where the compiler makes no tensor of it.
+    """The loss (sum over valid tokens) of logits, which it may overwrite, in float32, and its gradient by them in their
+    own type."""
     loss, grad_NV, column_N, here_N = shifted_softmax(logits_NV.float(), labels_N, group)
     valid_N = labels_N != IGNORE
     grad_NV.scatter_add_(-1, column_N[:, None], -here_N.to(grad_NV.dtype)[:, None])
-    return loss, grad_NV.mul_(valid_N[:, None])
+    return loss, grad_NV.mul_(valid_N[:, None]).to(logits_NV.dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total, float32, += left @ right."""
+    if left.dtype == torch.float32:
+        total.addmm_(left, right)
+    elif _sums_within_products(total.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+@cache
+def _sums_within_products(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds a product of `dtype` to a float32 sum as it computes it: else the product is written, and read
+    back to be added, which takes longer than computing it. CUDA's does, but not in every version."""
+    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return bool((total == 17).all())

@@ -28,15 +28,17 @@ _OUR_VIEWS = "FSDPRMSNorm, FSDPFloat8Linear|FSDPDecoder"
 _KEY = "quantize.linear.float8"
 
 
-def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> None:
+def apply_float8(
+    model: nn.Module, section: Float8, device: torch.device, *, head: str | None = None, compiled: bool = False
+) -> None:
     """Make the linear layers of `model` (on meta) compute in float8, in place, but for those that are filtered out.
 
-    Raises UserError where the device has no float8.
+    head: as of left_out. compiled: whether the model will be. Raises UserError where the device has no float8.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     _require_hardware(section, device)
-    left = left_out(model, section)
+    left = left_out(model, section, head)
     if section.enable_fsdp_float8_all_gather or section.recipe_name == "tensorwise":
         config = Float8LinearConfig(
             enable_fsdp_float8_all_gather=section.enable_fsdp_float8_all_gather, emulate=section.emulate
@@ -46,6 +48,8 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
         # Its fields are derived from one another once; replace() would derive them again.
         object.__setattr__(recipe, "emulate", section.emulate)
         config = recipe
+        if compiled:
+            _round_where_eager_does()
     # Its layers return views of their products, where FSDP warns of operations in place: the models do none, and the
     # losses are functions of copies. Of other models, whose author may have to act, it is shown.
     warnings.filterwarnings("ignore", rf"FSDP2-wrapped module \(({_OUR_VIEWS})\) returned a view tensor")
@@ -53,15 +57,6 @@ def apply_float8(model: nn.Module, section: Float8, device: torch.device) -> Non
     done = [name for name, module in model.named_modules() if _is_float8(module)]
     reasons = "".join(f"; not {names_as_patterns(names)}: {reason}" for reason, names in _by_reason(left).items())
     logger.info("float8    %s, %d layers: %s%s", section.recipe_name, len(done), names_as_patterns(done), reasons)
-
-
-def keep_casts(section: Float8) -> None:
-    """Have the compiler round where eager mode does: with scales by row, a norm that it fuses with the cast before it
-    can give NaN (https://github.com/pytorch/pytorch/issues/150859)."""
-    if section.recipe_name != "tensorwise":
-        import torch._inductor.config as inductor
-
-        inductor.emulate_precision_casts = True
 
 
 def float8_gathers(
@@ -119,35 +114,35 @@ def precompute_scales(parts: Iterable[nn.Module]) -> None:
         precompute_float8_dynamic_scale_for_fsdp(part)
 
 
-def require_filters(model: nn.Module, section: Float8) -> None:
-    """Raise UserError where a filter names no layer of the whole `model`, and where they leave none."""
+def require_filters(model: nn.Module, section: Float8, head: str | None = None) -> None:
+    """Raise UserError where a filter names no layer of the whole `model`, and where they leave none. head: as of
+    left_out."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for each in section.filter_fqns:
         if each != _AUTO and not any(each in name for name in layers):
             raise UserError(
                 f'{_KEY}.filter_fqns: "{each}" is in no linear layer\'s name; some are {", ".join(layers[:3])}'
             )
-    if set(layers) <= set(left_out(model, section)):
+    if left_out(model, section, head).keys() >= set(layers):
         raise UserError(f"{_KEY}.filter_fqns = {section.filter_fqns} leaves no layer to compute in float8; shorten it")
 
 
-def left_out(model: nn.Module, section: Float8) -> dict[str, str]:
-    """Linear layers that stay as they are, each with the reason."""
+def left_out(model: nn.Module, section: Float8, head: str | None = None) -> dict[str, str]:
+    """Linear layers that stay as they are, each with the reason. head: the module that is one with the loss, or is to
+    become it; None for none."""
     from torchao.float8 import _auto_filter_for_recipe
 
     filters = [name for name in section.filter_fqns if name != _AUTO]
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     large = _auto_filter_for_recipe(section.recipe_name, []) if _AUTO in section.filter_fqns else None
-    left = {
-        name: "the loss multiplies it in parts (training.loss_chunks)"
-        for name, module in model.named_modules()
-        if type(module).__name__ == "ChunkedHead"
-    }
+    left = {}
     for name, module in layers.items():
         if (named := next((each for each in filters if each in name), None)) is not None:
             left[name] = f'"{named}" in filter_fqns'
         elif large is not None and not large(module, name):
             left[name] = f"too small to gain ({_AUTO})"
+    if head is not None and getattr(model, head) is not None:  # a pipeline's other stages have none
+        left.setdefault(head, "in one with the loss (training.loss_chunks)")
     return left
 
 
@@ -166,6 +161,14 @@ def _require_hardware(section: Float8, device: torch.device) -> None:
             f"{_KEY}: {torch.cuda.get_device_name(device)} has no float8 products (compute capability 8.9 or more); "
             f"set {_KEY}.emulate = true, or take it out of model.converters"
         )
+
+
+def _round_where_eager_does() -> None:
+    """Otherwise scales of rows are of numbers that fused norms have not rounded yet, and can become NaN on CUDA
+    (pytorch/pytorch#150859)."""
+    from torch._inductor import config
+
+    config.emulate_precision_casts = True
 
 
 def _is_float8(module: nn.Module) -> bool:
