@@ -193,7 +193,7 @@ def test_few_repeats_of_what_is_alike_show_a_difference_once_in_twenty_at_most(
     tmp_path: Path, repeats: int, in_pairs: bool
 ) -> None:
     # Runs of one recipe lie 3% of time and 0.3% of loss apart.
-    run, noise, count = read_run(write_run(tmp_path / "a", steps=8)), random.Random(repeats), 60
+    run, noise, count = read_run(write_run(tmp_path / "a", steps=6)), random.Random(repeats), 40
     between = replace(ground(run, run, {}, {}), limit=None)
     wrong = {"loss": 0, "speed": 0}
     for _ in range(count):
