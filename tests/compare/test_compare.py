@@ -59,13 +59,24 @@ def test_json_is_one_document_on_stdout(tmp_path: Path, capsys: pytest.CaptureFi
         ("B.loss ≈ A.loss", 0),
         ("B.loss == A.loss", 0),
         ("B.loss < A.loss", 1),
+        ("B.loss > A.loss", 1),
+        ("B.loss <= A.loss", 0),
+        ("B.loss >= A.loss", 0),
         ("B.tps >= A.tps", 1),
         ("B.tps < A.tps", 0),
+        ("B.tps <= A.tps", 0),
+        ("B.tps > A.tps", 1),
+        ("B.tps ~= A.tps", 1),
+        ("B.memory >= A.memory", 0),
+        ("B.memory > A.memory", 1),
         ("B.tps >= 0.5 * A.tps", 0),
         ("B.tps >= 0.9*A.tps", 1),
         ("B.memory <= A.memory", 0),
         ("B.memory < 0.5", 1),
         ("A.step_time_s < B.step_time_s", 0),
+        ("A.step_time_s <= B.step_time_s", 0),
+        ("A.step_time_s >= B.step_time_s", 1),
+        ("B.step_time_s > A.step_time_s", 0),
         ("A.mfu > 0.4", 1),
     ],
 )
@@ -88,6 +99,34 @@ def test_conditions_decide_the_exit_code(tmp_path: Path, condition: str, code: i
 def test_conditions_on_steps_of_other_sizes_are_of_the_numbers(tmp_path: Path, condition: str, code: int) -> None:
     a = write_run(tmp_path / "a")
     b = write_run(tmp_path / "b", "--training.global_batch_size=16", step_time_s=0.6)
+    assert command(a, b, "--out", tmp_path / "out", "--assert", condition) == code
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("B.loss > A.loss", 0),
+        ("B.loss >= A.loss", 0),
+        ("B.loss <= A.loss", 1),
+        ("B.loss ≈ A.loss", 1),
+        ("A.loss < B.loss", 0),
+    ],
+)
+def test_conditions_on_a_loss_know_the_higher_one(tmp_path: Path, condition: str, code: int) -> None:
+    a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", "--optimizer.lr=1.0", loss=6.0)
+    assert command(a, b, "--out", tmp_path / "out", "--assert", condition) == code
+
+
+@pytest.mark.parametrize(
+    ("condition", "code"),
+    [
+        ("B.step_time_s <= A.step_time_s", 0),  # what two runs may differ by
+        ("B.tps < A.tps", 0),  # of a rank: half
+        ("B.tps >= A.tps", 1),
+    ],
+)
+def test_conditions_on_runs_of_other_ranks(tmp_path: Path, condition: str, code: int) -> None:
+    a, b = write_run(tmp_path / "a", ranks=1), write_run(tmp_path / "b", ranks=2, step_time_s=0.402)
     assert command(a, b, "--out", tmp_path / "out", "--assert", condition) == code
 
 

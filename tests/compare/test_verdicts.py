@@ -103,7 +103,8 @@ def test_ends_are_of_one_stretch_however_often_runs_log(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", steps=200), write_run(tmp_path / "b", "--optimizer.lr=0.0031", steps=200)
     lines = (b / "metrics.jsonl").read_text().splitlines(keepends=True)
     (b / "metrics.jsonl").write_text("".join(lines[9::10]))
-    assert abs(pair_of(str(a), str(b))["loss"]["gap"]) < 0.03
+    assert pair_of(str(a), str(b))["loss"]["gap"] == pytest.approx(0.0, abs=1e-9)
+    assert pair_of(str(b), str(a))["loss"]["gap"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_times_that_hold_the_first_step_say_nothing_of_speed(tmp_path: Path) -> None:
@@ -120,9 +121,32 @@ def test_times_that_hold_the_first_step_say_nothing_of_speed(tmp_path: Path) -> 
 
 def test_other_seeds_are_the_reason_that_is_told(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", seed=1), write_run(tmp_path / "b", seed=2)
+    pair = pair_of(str(a), str(b))
+    assert pair["loss"]["verdict"] == "no difference shown"
+    assert "curves may differ: their seeds differ;" in pair["loss"]["told"]
+    assert pair["config_diff"] == {"debug": {"seed": (1, 2)}}
+    assert "differ in debug.seed. Note: their seeds differ" in pair["words"]
+    assert not pair["comparable"]["weights"]
+    c = write_run(tmp_path / "c", "--optimizer.lr=0.0031", seed=3)
+    told = pair_of(str(a), str(c))["loss"]["told"]
+    assert "curves may differ: optimizer.lr may change them, and their seeds differ;" in told
+
+
+def test_seeds_of_runs_in_pairs_are_no_difference(tmp_path: Path) -> None:
+    side, one = write_side(tmp_path / "a"), str(write_run(tmp_path / "b", seed=44))
+    pair = pair_of(side, one)
+    assert (pair["config_diff"], pair["loss"]["verdict"], pair["comparable"]["weights"]) == ({}, "equal", True)
+
+
+def test_a_few_steps_of_other_seeds_are_not_compared_in_loss(tmp_path: Path) -> None:
+    a, b = (
+        write_run(tmp_path / name, seed=seed, steps=1, loss=loss) for name, seed, loss in (("a", 1, 4), ("b", 2, 5))
+    )
     loss = pair_of(str(a), str(b))["loss"]
-    assert loss["verdict"] == "no difference shown"
-    assert "no seed in common" in loss["told"]
+    assert (loss["verdict"], loss["gap"]) == ("not comparable", None)
+    assert "1 logged losses do not tell batches from recipes" in loss["told"]
+    same = write_run(tmp_path / "c", "--optimizer.lr=0.0031", seed=1, steps=1, loss=9)
+    assert pair_of(str(a), str(same))["loss"]["verdict"] != "not comparable"
 
 
 def test_cpus_of_two_machines_are_not_compared_in_speed(tmp_path: Path) -> None:

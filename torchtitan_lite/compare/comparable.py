@@ -45,7 +45,7 @@ _FLOAT32, _FLOAT8, _BFLOAT16 = 2e-6, 2e-4, 5e-4
 
 @dataclass(frozen=True)
 class Ground:
-    """What two sides share. weights: of the first step, for runs of one seed. along: what losses are held at equal.
+    """What two sides share. weights: of the first step, for runs in pairs. along: what losses are held at equal.
     limit: by step, how far losses may lie apart, relatively; None where curves may differ. why: the reason for it.
     told: what is not the same."""
 
@@ -65,7 +65,8 @@ class Ground:
 
 
 def ground(a: Run, b: Run, config: Mapping[str, Mapping[str, Any]], derived: Mapping[str, Any]) -> Ground:
-    """config, derived: how the two sides' configs differ, as recipe_diff.parted tells."""
+    """config, derived: how the two sides' configs differ, as recipe_diff.parted tells; debug.seed is in config only
+    where no runs are in pairs."""
     x, y = a.identity, b.identity
     model = x.get("model") == y.get("model")
     # A GPU's name says how fast it is; a CPU's does not.
@@ -90,6 +91,8 @@ def ground(a: Run, b: Run, config: Mapping[str, Mapping[str, Any]], derived: Map
         told.append(f"they ran on {places[0]} and {places[1]}")
     keys = [f"{section}.{key}" for section, pairs in config.items() for key in pairs]
     keys += [name for name in derived if "." in name or name == "world_size"]
+    if seeds := "debug.seed" in keys:
+        told.append("their seeds differ, and so do weights and samples")
     loaded = any(_effect(key) == "course" for key in keys if key.startswith("checkpoint."))
     limit, why = _limit(a, b, keys)
     if not (data and tokens and model):
@@ -98,7 +101,7 @@ def ground(a: Run, b: Run, config: Mapping[str, Mapping[str, Any]], derived: Map
         data=data,
         tokens_per_step=tokens,
         model=model,
-        weights=model and not loaded,
+        weights=model and not loaded and not seeds,
         hardware=hardware,
         along="steps" if model and tokens else "tokens" if model else "flops",
         limit=limit,
@@ -109,8 +112,12 @@ def ground(a: Run, b: Run, config: Mapping[str, Mapping[str, Any]], derived: Map
 
 def _limit(a: Run, b: Run, keys: list[str]) -> tuple[Callable[[int], float] | None, str]:
     effects = {key: _effect(key) for key in keys if key != "debug.seed"}
-    if course := [key for key, effect in effects.items() if effect == "course"]:
-        return None, f"{_listed(course)} may change them"
+    course = [key for key, effect in effects.items() if effect == "course"]
+    reasons = [f"{_listed(course)} may change them"] if course else []
+    if "debug.seed" in keys:
+        reasons.append("their seeds differ")
+    if reasons:
+        return None, ", and ".join(reasons)
     rounding = [key for key, effect in effects.items() if effect == "rounding"]
     for side in (a, b):
         if side.device != "CPU" and not side.described.config["debug"]["deterministic"]:

@@ -92,14 +92,18 @@ def judge(
 ) -> dict[str, Any]:
     """{condition, holds, told}. summaries: by side. pair: the verdicts of its second side over its first, where it asks
     for them (see Condition.sides); None where they have none."""
-    judged = condition.sides and (pair is None or condition.left[1] == "loss" or _of_like_steps(pair))
+    judged = condition.sides and (pair is None or _is_judged(condition.left[1], pair))
     holds, told = _judged(condition, pair) if judged else _counted(condition, summaries)
     return {"condition": condition.text, "holds": holds, "told": told}
 
 
-def _of_like_steps(pair: Mapping[str, Any]) -> bool:
-    """Whether a verdict on tokens/s of all ranks is one on a step's time and on a rank's tokens/s."""
-    return bool(pair["comparable"]["tokens_per_step"]) and "world_size" not in pair["derived_diff"]
+def _is_judged(metric: str, pair: Mapping[str, Any]) -> bool:
+    """Whether a verdict on the pair is one on the metric: that on speed is of all ranks' tokens/s."""
+    if metric == "loss":
+        return True
+    return bool(pair["comparable"]["tokens_per_step"]) and (
+        metric == "step_time_s" or "world_size" not in pair["derived_diff"]
+    )
 
 
 def _judged(condition: Condition, pair: Mapping[str, Any] | None) -> tuple[bool, str]:

@@ -1,14 +1,14 @@
 """Runs along what they spend: which belong together, and what their losses are where they have spent as much."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from torchtitan_lite.compare.runs import Run, tail
+from torchtitan_lite.compare.runs import SMOOTHED_OVER, Run, tail
 
 _SLACK = 1 + 1e-9  # of sums that should be the same
-_SMOOTHED_OVER = 5  # logged values, to say where a loss is reached
 
 
 def pairs_of(a: Sequence[Run], b: Sequence[Run]) -> list[tuple[Run, Run]]:
@@ -41,14 +41,15 @@ def spent(run: Run, along: str) -> list[float]:
 
 
 def ends(a: Sequence[Run], b: Sequence[Run], along: str) -> tuple[float, list[float], list[float]]:
-    """What all runs have spent at least, and the loss of each run of a and of b there: the mean over one stretch before
-    it, the longest of the runs' own (tail): of a loss that falls, the mean of a longer one is higher."""
+    """What all runs have spent at least, and the loss of each run of a and of b there: the mean at the last values of
+    the run that logged most seldom (tail). Of a loss that falls, the mean of a longer stretch, or of another mix of
+    points of it, is another."""
     courses = [[spent(run, along) for run in side] for side in (a, b)]
     every = [course for side in courses for course in side]
     most = min(course[-1] for course in every)
-    since = min(tail(_until(course, most))[0] for course in every)
+    places = min((tail(_until(course, most)) for course in every), key=lambda course: course[0])
     losses = [
-        [_within(run, course, since, most) for run, course in zip(side, each, strict=True)]
+        [fmean(_loss_at(run, course, place) for place in places) for run, course in zip(side, each, strict=True)]
         for side, each in zip((a, b), courses, strict=True)
     ]
     return most, losses[0], losses[1]
@@ -68,7 +69,7 @@ def reached(run: Run, target: float) -> dict[str, float] | None:
     """Step, tokens and seconds at which the loss, smoothed, first is at `target` or below; None where it never is."""
     losses = run.curve["loss"]
     for index in range(len(losses)):
-        if fmean(losses[max(0, index + 1 - _SMOOTHED_OVER) : index + 1]) <= target:
+        if fmean(losses[max(0, index + 1 - SMOOTHED_OVER) : index + 1]) <= target:
             return {
                 along[:-1] if along == "steps" else along: spent(run, along)[index]
                 for along in ("steps", "tokens", "seconds")
@@ -81,6 +82,10 @@ def _until(course: Sequence[float], most: float) -> Sequence[float]:
     return [at for at in course if at <= most * _SLACK] or course[:1]
 
 
-def _within(run: Run, course: Sequence[float], since: float, most: float) -> float:
-    found = [loss for loss, at in zip(run.curve["loss"], course, strict=True) if since <= at <= most * _SLACK]
-    return fmean(found or run.curve["loss"][:1])
+def _loss_at(run: Run, course: Sequence[float], place: float) -> float:
+    """Between two logged values, on the line from one to the other."""
+    losses, after = run.curve["loss"], min(bisect_left(course, place), len(course) - 1)
+    if after == 0 or course[after] <= place:
+        return losses[after]
+    weight = (course[after] - place) / (course[after] - course[after - 1])
+    return weight * losses[after - 1] + (1 - weight) * losses[after]

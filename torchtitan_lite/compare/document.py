@@ -10,7 +10,7 @@ from typing import Any
 
 from torchtitan_lite.compare.comparable import ground
 from torchtitan_lite.compare.conditions import Condition, judge
-from torchtitan_lite.compare.courses import reached, whole_of
+from torchtitan_lite.compare.courses import pairs_of, reached, whole_of
 from torchtitan_lite.compare.runs import Run
 from torchtitan_lite.compare.sides import OWN, Side, Source
 from torchtitan_lite.compare.statistics import block_bootstrap
@@ -66,10 +66,12 @@ def document(
 
 def _pair(a: Side, b: Side, target: float | None) -> dict[str, Any]:
     config, derived = parted(a.described, b.described)
+    # Each pair of runs has a seed of its own; where there is none, seeds are what differs.
+    own = OWN if pairs_of(a.runs, b.runs) else [key for key in OWN if key != "debug.seed"]
     config = {
         section: kept
         for section, keys in config.items()
-        if (kept := {key: pair for key, pair in keys.items() if f"{section}.{key}" not in OWN})
+        if (kept := {key: pair for key, pair in keys.items() if f"{section}.{key}" not in own})
     }
     shared = ground(a.runs[0], b.runs[0], config, derived)
     pair = {

@@ -23,6 +23,7 @@ from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.recipe_diff import Side as Described
 from torchtitan_lite.recipe_diff import of_run
 
+SMOOTHED_OVER = 5  # logged values, at least, of which the end of a run is the mean
 _WARM_UP = (1, 20)  # steps whose times do not count, at least and at most; a tenth of the run between
 
 
@@ -97,12 +98,12 @@ class Run:
         return median(known) if known else None
 
     def final_loss(self) -> float:
-        """The mean of the last tenth of the run, of five values at least."""
+        """The mean of the last tenth of the run, of SMOOTHED_OVER values at least."""
         return fmean(tail(self.curve["loss"]))
 
 
 def tail(values: Sequence[float]) -> Sequence[float]:
-    return values[-max(5, len(values) // 10) :]
+    return values[-max(SMOOTHED_OVER, len(values) // 10) :]
 
 
 def read_run(folder: Path) -> Run:

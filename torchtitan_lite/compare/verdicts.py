@@ -8,7 +8,7 @@ from typing import Any
 
 from torchtitan_lite.compare.comparable import Ground
 from torchtitan_lite.compare.courses import at_equal, ends, pairs_of, whole_of
-from torchtitan_lite.compare.runs import Run, tail
+from torchtitan_lite.compare.runs import SMOOTHED_OVER, Run, tail
 from torchtitan_lite.compare.statistics import Interval, block_bootstrap, paired_interval, unpaired_interval
 
 # By how much runs of one recipe differ that one run a side knows nothing of: of times, and of losses.
@@ -115,6 +115,13 @@ def _at_the_end(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
     steps, gaps = _gaps(*pairs[0]) if pairs and ground.along == "steps" else ([], [])
     if bad := [name for name, side in (("A", left), ("B", right)) if not all(map(math.isfinite, side))]:
         return Loss("different", f"the loss of {' and '.join(bad)} is not finite at the end", steps=steps, gaps=gaps)
+    logged = min(len(run.steps) for run in (*a, *b))
+    if not pairs and logged < SMOOTHED_OVER and min(len(a), len(b)) < _FEW:
+        return Loss(
+            "not comparable",
+            f"{ground.why}; they have no seed in common, and {logged} logged losses do not tell batches from recipes",
+            at_equal=equal,
+        )
     losses = {id(run): loss for run, loss in zip((*a, *b), (*left, *right), strict=True)}
     single = pairs or [(a[0], b[0])]
     differences = [losses[id(y)] - losses[id(x)] for x, y in single]
@@ -135,7 +142,7 @@ def _at_the_end(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
         interval = interval.within(max(reach, _ONE_RUN_LOSS * abs(fmean(left))))
     at = {"steps": "at the end", "tokens": "at equal tokens", "flops": "at equal FLOPs"}[ground.along]
     verdict = "different" if interval.excludes(0.0) else "no difference shown"
-    may = ground.why if pairs or ground.limit is None else "they have no seed in common"
+    may = ground.why if ground.limit is None else "they have no seed in common"
     why = f"curves may differ: {may}; smoothed, {at}, {told}"
     return Loss(verdict, why, interval.middle, interval.bounds(), None, steps, gaps, equal)
 
