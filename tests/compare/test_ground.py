@@ -12,7 +12,7 @@ import pytest
 from tests.compare.folders import write_run
 from tests.compare.test_verdicts import FULL, pair_of, write_side
 from torchtitan_lite.compare.comparable import Ground, ground
-from torchtitan_lite.compare.courses import ends, spent
+from torchtitan_lite.compare.courses import ends, reached, spent
 from torchtitan_lite.compare.runs import Run, read_run
 from torchtitan_lite.compare.verdicts import loss_verdict, speed_verdict
 from torchtitan_lite.recipe_diff import parted
@@ -211,3 +211,10 @@ def test_few_repeats_of_what_is_alike_show_a_difference_once_in_twenty_at_most(
     assert (loss.verdict, speed.verdict) == ("different", "slower")
     assert loss.interval is not None
     assert 0.1 < loss.interval[0] < loss.interval[1] < 0.3
+
+
+def test_a_target_is_reached_where_the_mean_of_five_is_there(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", steps=10))
+    run = replace(run, curve={**run.curve, "loss": [10.0 - step for step in run.curve["step"]]})
+    assert reached(run, 7.0) == pytest.approx({"step": 5, "tokens": 5 * 2048, "seconds": 2.0})
+    assert reached(run, 1.0) is None
