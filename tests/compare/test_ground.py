@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -181,10 +182,52 @@ def test_the_final_loss_is_of_the_last_tenth_and_of_five_at_least(tmp_path: Path
         assert run.final_loss() == pytest.approx(sum(run.curve["loss"][-last:]) / last)
 
 
-def _made(run: Run, seed: int, time: float, loss: float) -> Run:
+def test_other_ranks_alone_add_in_another_order(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    limit = ground(run, run, {}, {"world_size": (1, 2)}).limit
+    assert limit is not None
+    assert limit(1) == 2e-6
+
+
+def test_runs_of_one_recipe_that_have_no_seed_in_common_are_said_to(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    loss = loss_verdict([_made(run, 1)], [_made(run, 2)], ground(run, run, {}, {}))
+    assert (loss.verdict, loss.envelope) == ("no difference shown", None)
+    assert "they have no seed in common" in loss.told
+
+
+def test_a_loss_that_is_no_number_where_the_other_is_one_is_different(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    between = ground(run, run, {}, {})
+    spoilt = _made(run, 42, loss=[*[4.0] * 79, math.nan])
+    assert loss_verdict([_made(run, 42)], [spoilt], between).verdict == "different"
+    assert loss_verdict([spoilt], [spoilt], between).verdict == "equal"
+
+
+def test_batches_go_out_of_a_gap_only_where_both_have_had_them(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    between = replace(ground(run, run, {}, {}), limit=None)
+    batches = [[above + (3.0 if at % 2 else 5.0) for at in range(80)] for above in (0.0, 0.2)]
+    for seed, verdict in ((1, "different"), (2, "no difference shown")):
+        found = loss_verdict([_made(run, 1, loss=batches[0])], [_made(run, seed, loss=batches[1])], between)
+        assert (found.verdict, found.gap) == (verdict, pytest.approx(0.2))
+
+
+def test_four_repeats_are_held_to_students_interval_alone(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", steps=12))
+    between = replace(ground(run, run, {}, {}), limit=None)
+    a = [_made(run, seed) for seed in range(4)]
+    b = [_made(run, seed, 0.4 * factor, 4.0 * factor) for seed, factor in enumerate((0.9, 1.3, 1.8, 1.1))]
+    assert speed_verdict(a, b, between).verdict == loss_verdict(a, b, between).verdict == "no difference shown"
+    assert speed_verdict(a[1:3], b[1:3], between).verdict == "slower"
+    assert loss_verdict(a[1:3], b[1:3], between).verdict == "different"
+
+
+def _made(run: Run, seed: int, time: float = 0.4, loss: float | list[float] = 4.0) -> Run:
     config = copy.deepcopy(run.described.config)
     config["debug"]["seed"] = seed
-    curve = {**run.curve, "step_time_s": [time] * len(run.steps), "loss": [loss] * len(run.steps)}
+    losses = loss if isinstance(loss, list) else [loss] * len(run.steps)
+    curve = {**run.curve, "step_time_s": [time] * len(run.steps), "loss": losses}
     return replace(run, described=replace(run.described, config=config), curve=curve)
 
 

@@ -93,10 +93,12 @@ def test_two_repeats_show_what_one_run_a_side_shows_and_no_more(tmp_path: Path) 
 
 
 def test_one_run_is_held_to_the_one_of_its_seed(tmp_path: Path) -> None:
-    side = write_side(tmp_path / "a")
-    one = str(write_run(tmp_path / "b", "--optimizer.lr=0.0031", seed=44, step_time_s=0.4))
-    loss = pair_of(side, one)["loss"]
-    assert (loss["gap"], set(loss["gaps"])) == (0.0, {0.0})
+    for seed in (42, 43, 44):
+        write_run(tmp_path / "a" / str(seed), seed=seed, step_time_s=seed / 100)
+    one = str(write_run(tmp_path / "b", "--optimizer.lr=0.0031", seed=44, step_time_s=0.44))
+    pair = pair_of(str(tmp_path / "a"), one)
+    assert (pair["loss"]["gap"], set(pair["loss"]["gaps"])) == (0.0, {0.0})
+    assert pair["speed"]["ratio"] == pytest.approx(1.0)
 
 
 def test_ends_are_of_one_stretch_however_often_runs_log(tmp_path: Path) -> None:
@@ -235,6 +237,7 @@ def test_another_batch_is_compared_at_equal_tokens(tmp_path: Path) -> None:
     equal = pair["loss"]["at_equal"]["tokens"]
     assert equal["spent"] == 80 * 2048
     assert equal["b"] - equal["a"] == pytest.approx(pair["loss"]["gap"])
+    assert pair["loss"]["steps"] == pair["loss"]["gaps"] == []  # a step is another thing for each
     assert pair["loss"]["gap"] > 0.1  # B is in the middle of its run there
 
 
