@@ -182,6 +182,28 @@ def test_the_final_loss_is_of_the_last_tenth_and_of_five_at_least(tmp_path: Path
         assert run.final_loss() == pytest.approx(sum(run.curve["loss"][-last:]) / last)
 
 
+@pytest.mark.parametrize(
+    ("override", "most"),
+    [
+        ("--compile.enable=true", 2e-6),
+        ("--optimizer.implementation=foreach", 2e-6),
+        ("--parallelism.data_parallel_replicate_degree=2", 2e-6),
+        ("--training.local_batch_size=2", 2e-6),
+        ("--training.loss_chunks=2", 2e-6),
+        ("--comm.train_timeout_seconds=77", 0.0),
+        ("--job.description=another", 0.0),
+        ("--metrics.log_freq=7", 0.0),
+        ("--training.gc_freq=7", 0.0),
+        ("--optimizer.lr=0.0031", None),
+        ("--training.max_norm=0.7", None),
+        ("--lr_scheduler.warmup_steps=7", None),
+    ],
+)
+def test_what_a_key_does_to_the_loss(tmp_path: Path, override: str, most: float | None) -> None:
+    limit = _between(write_run(tmp_path / "a"), write_run(tmp_path / "b", override)).limit
+    assert (limit and limit(1)) == most
+
+
 def test_other_ranks_alone_add_in_another_order(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a"))
     limit = ground(run, run, {}, {"world_size": (1, 2)}).limit
