@@ -155,6 +155,8 @@ def test_a_condition_on_what_is_not_known_fails() -> None:
     assert not judge(condition, {}, None)["holds"]
     other = {"loss": {"verdict": "not comparable", "told": "the data is another", "gap": None}}
     assert not judge(condition, {}, other)["holds"]
+    other["loss"]["verdict"] = "different"
+    assert not judge(parse("B.loss >= A.loss"), {}, other)["holds"]
     assert not judge(parse("B.tps > 1"), {"B": {"tps": None}}, None)["holds"]
 
 

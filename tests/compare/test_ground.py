@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.compare.folders import write_run
 from tests.compare.test_verdicts import FULL, pair_of, write_side
 from torchtitan_lite.compare.comparable import Ground, ground
-from torchtitan_lite.compare.courses import ends, spent
+from torchtitan_lite.compare.courses import ends, reached, spent
 from torchtitan_lite.compare.runs import Run, read_run
 from torchtitan_lite.compare.verdicts import loss_verdict, speed_verdict
 from torchtitan_lite.recipe_diff import parted
@@ -149,9 +150,8 @@ def test_seconds_are_of_all_steps_however_often_a_run_logs(tmp_path: Path) -> No
         assert spent(run, "seconds")[-1] == pytest.approx(80 * 0.4)
         assert spent(run, "tokens")[-1] == 80 * 2048
         assert spent(run, "flops")[-1] == pytest.approx(80 * 2048 * 3e7)
-    assert pair_of(str(tmp_path / "a"), str(tmp_path / "b"))["loss"]["at_equal"]["seconds"]["spent"] == pytest.approx(
-        32
-    )
+    at_equal = pair_of(str(tmp_path / "a"), str(tmp_path / "b"))["loss"]["at_equal"]
+    assert at_equal["seconds"]["spent"] == pytest.approx(80 * 0.4)
 
 
 def test_the_end_is_where_all_have_come_to(tmp_path: Path) -> None:
@@ -160,11 +160,13 @@ def test_the_end_is_where_all_have_come_to(tmp_path: Path) -> None:
     most, left, right = ends([a], [short], "steps")
     assert most == 60
     assert left == right == [pytest.approx(sum(a.curve["loss"][54:60]) / 6)]
-    # On the line between two logged values, where another run has logged.
     seldom = replace(b, curve={name: values[9::10] for name, values in b.curve.items()})
-    odd = replace(a, curve={name: values[1::2] for name, values in a.curve.items()})
+    at = [pytest.approx(sum(a.curve["loss"][19:60:10]) / 5)]
+    assert ends([seldom], [short], "steps") == (60, at, at)
+    # On the line between two logged values, where another run has logged.
+    odd = replace(a, curve={name: values[2::3] for name, values in a.curve.items()})
     straight = [replace(run, curve={**run.curve, "loss": run.curve["step"]}) for run in (seldom, odd)]
-    assert ends(straight[:1], straight[1:], "steps")[1:] == ([80.0], [80.0])
+    assert ends(straight[:1], straight[1:], "steps")[1:] == ([70.0], [pytest.approx(70.0)])
 
 
 @pytest.mark.parametrize(("steps", "first"), [(4, 2), (19, 2), (60, 7), (1000, 21)])
@@ -180,10 +182,74 @@ def test_the_final_loss_is_of_the_last_tenth_and_of_five_at_least(tmp_path: Path
         assert run.final_loss() == pytest.approx(sum(run.curve["loss"][-last:]) / last)
 
 
-def _made(run: Run, seed: int, time: float, loss: float) -> Run:
+@pytest.mark.parametrize(
+    ("override", "most"),
+    [
+        ("--compile.enable=true", 2e-6),
+        ("--optimizer.implementation=foreach", 2e-6),
+        ("--parallelism.data_parallel_replicate_degree=2", 2e-6),
+        ("--training.local_batch_size=2", 2e-6),
+        ("--training.loss_chunks=2", 2e-6),
+        ("--comm.train_timeout_seconds=77", 0.0),
+        ("--job.description=another", 0.0),
+        ("--metrics.log_freq=7", 0.0),
+        ("--training.gc_freq=7", 0.0),
+        ("--optimizer.lr=0.0031", None),
+        ("--training.max_norm=0.7", None),
+        ("--lr_scheduler.warmup_steps=7", None),
+    ],
+)
+def test_what_a_key_does_to_the_loss(tmp_path: Path, override: str, most: float | None) -> None:
+    limit = _between(write_run(tmp_path / "a"), write_run(tmp_path / "b", override)).limit
+    assert (limit and limit(1)) == most
+
+
+def test_other_ranks_alone_add_in_another_order(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    limit = ground(run, run, {}, {"world_size": (1, 2)}).limit
+    assert limit is not None
+    assert limit(1) == 2e-6
+
+
+def test_runs_of_one_recipe_that_have_no_seed_in_common_are_said_to(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    loss = loss_verdict([_made(run, 1)], [_made(run, 2)], ground(run, run, {}, {}))
+    assert (loss.verdict, loss.envelope) == ("no difference shown", None)
+    assert "they have no seed in common" in loss.told
+
+
+def test_a_loss_that_is_no_number_where_the_other_is_one_is_different(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    between = ground(run, run, {}, {})
+    spoilt = _made(run, 42, loss=[*[4.0] * 79, math.nan])
+    assert loss_verdict([_made(run, 42)], [spoilt], between).verdict == "different"
+    assert loss_verdict([spoilt], [spoilt], between).verdict == "equal"
+
+
+def test_batches_go_out_of_a_gap_only_where_both_have_had_them(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a"))
+    between = replace(ground(run, run, {}, {}), limit=None)
+    batches = [[above + (3.0 if at % 2 else 5.0) for at in range(80)] for above in (0.0, 0.2)]
+    for seed, verdict in ((1, "different"), (2, "no difference shown")):
+        found = loss_verdict([_made(run, 1, loss=batches[0])], [_made(run, seed, loss=batches[1])], between)
+        assert (found.verdict, found.gap) == (verdict, pytest.approx(0.2))
+
+
+def test_four_repeats_are_held_to_students_interval_alone(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", steps=12))
+    between = replace(ground(run, run, {}, {}), limit=None)
+    a = [_made(run, seed) for seed in range(4)]
+    b = [_made(run, seed, 0.4 * factor, 4.0 * factor) for seed, factor in enumerate((0.9, 1.3, 1.8, 1.1))]
+    assert speed_verdict(a, b, between).verdict == loss_verdict(a, b, between).verdict == "no difference shown"
+    assert speed_verdict(a[1:3], b[1:3], between).verdict == "slower"
+    assert loss_verdict(a[1:3], b[1:3], between).verdict == "different"
+
+
+def _made(run: Run, seed: int, time: float = 0.4, loss: float | list[float] = 4.0) -> Run:
     config = copy.deepcopy(run.described.config)
     config["debug"]["seed"] = seed
-    curve = {**run.curve, "step_time_s": [time] * len(run.steps), "loss": [loss] * len(run.steps)}
+    losses = loss if isinstance(loss, list) else [loss] * len(run.steps)
+    curve = {**run.curve, "step_time_s": [time] * len(run.steps), "loss": losses}
     return replace(run, described=replace(run.described, config=config), curve=curve)
 
 
@@ -210,3 +276,10 @@ def test_few_repeats_of_what_is_alike_show_a_difference_once_in_twenty_at_most(
     assert (loss.verdict, speed.verdict) == ("different", "slower")
     assert loss.interval is not None
     assert 0.1 < loss.interval[0] < loss.interval[1] < 0.3
+
+
+def test_a_target_is_reached_where_the_mean_of_five_is_there(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "a", steps=10))
+    run = replace(run, curve={**run.curve, "loss": [10.0 - step for step in run.curve["step"]]})
+    assert reached(run, 7.0) == pytest.approx({"step": 5, "tokens": 5 * 2048, "seconds": 2.0})
+    assert reached(run, 1.0) is None

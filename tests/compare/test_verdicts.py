@@ -93,10 +93,12 @@ def test_two_repeats_show_what_one_run_a_side_shows_and_no_more(tmp_path: Path) 
 
 
 def test_one_run_is_held_to_the_one_of_its_seed(tmp_path: Path) -> None:
-    side = write_side(tmp_path / "a")
-    one = str(write_run(tmp_path / "b", "--optimizer.lr=0.0031", seed=44, step_time_s=0.4))
-    loss = pair_of(side, one)["loss"]
-    assert (loss["gap"], set(loss["gaps"])) == (0.0, {0.0})
+    for seed in (42, 43, 44):
+        write_run(tmp_path / "a" / str(seed), seed=seed, step_time_s=seed / 100)
+    one = str(write_run(tmp_path / "b", "--optimizer.lr=0.0031", seed=44, step_time_s=0.44))
+    pair = pair_of(str(tmp_path / "a"), one)
+    assert (pair["loss"]["gap"], set(pair["loss"]["gaps"])) == (0.0, {0.0})
+    assert pair["speed"]["ratio"] == pytest.approx(1.0)
 
 
 def test_ends_are_of_one_stretch_however_often_runs_log(tmp_path: Path) -> None:
@@ -235,6 +237,7 @@ def test_another_batch_is_compared_at_equal_tokens(tmp_path: Path) -> None:
     equal = pair["loss"]["at_equal"]["tokens"]
     assert equal["spent"] == 80 * 2048
     assert equal["b"] - equal["a"] == pytest.approx(pair["loss"]["gap"])
+    assert pair["loss"]["steps"] == pair["loss"]["gaps"] == []  # a step is another thing for each
     assert pair["loss"]["gap"] > 0.1  # B is in the middle of its run there
 
 
@@ -324,10 +327,22 @@ def test_intervals() -> None:
     assert not paired_interval([5.0]).excludes(0.0)
     welch = unpaired_interval([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
     assert (welch.middle, welch.high - 3.0) == (3.0, pytest.approx(4.604 * (2 / 3) ** 0.5))
+    uneven = unpaired_interval([1.0, 2.0, 3.0], [4.0, 6.0, 5.0, 9.0, 1.0])  # of 5.3 degrees of freedom
+    assert (uneven.middle, uneven.high - 3.0) == (3.0, pytest.approx(4.032 * (1 / 3 + 8.5 / 5) ** 0.5))
+    assert unpaired_interval([1.0, 1.0], [2.0, 2.0]).bounds() == [1.0, 1.0]
+
+
+def test_intervals_of_one_series() -> None:
     noise = random.Random(0)
-    around = block_bootstrap([noise.gauss(1.0, 0.1) for _ in range(3000)])
+    series = [noise.gauss(1.0, 0.1) for _ in range(3000)]
+    around = block_bootstrap(series)
     assert around.low < 1.0 < around.high
-    assert around.high - around.low < 0.03
+    assert 0.005 < around.high - around.low < 0.012  # 0.0094 of independent values; few blocks make it narrower
+    spoilt = block_bootstrap([*series[:99], 1000.0], of_medians=True)
+    assert 0.9 < spoilt.low < spoilt.middle < spoilt.high < 1.1
+    slow = [value for value in series[:20] for _ in range(10)]  # neighbours are alike
+    wide, narrow = (block_bootstrap(each) for each in (slow, noise.sample(slow, len(slow))))
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
 def test_the_paired_interval_covers_as_often_as_it_says() -> None:
