@@ -33,9 +33,14 @@ def spent(run: Run, along: str) -> list[float]:
         return run.curve["tokens_seen"]
     if along == "flops":
         return [tokens * run.flops_per_token for tokens in run.curve["tokens_seen"]]
-    total, before, sums = 0.0, 0, []
-    for step, seconds in zip(run.steps, run.curve["step_time_s"], strict=True):
-        total, before = total + (step - before) * seconds, step
+    return seconds_up_to(run.curve["step"], run.curve["step_time_s"])
+
+
+def seconds_up_to(steps: Sequence[float], times: Sequence[float | None]) -> list[float]:
+    """Spent in steps up to each logged one; those between took what it tells, and nothing where it tells none."""
+    total, before, sums = 0.0, 0.0, []
+    for step, time in zip(steps, times, strict=True):
+        total, before = total + (step - before) * (time or 0.0), step
         sums.append(total)
     return sums
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from torchtitan_lite.compare.courses import seconds_up_to
 from torchtitan_lite.compare.markup import finite
 
 LOGGED = ("loss", "grad_norm", "step_time_s", "memory_peak_gib")
@@ -58,7 +59,7 @@ def middle_of(runs: Sequence[Curve]) -> Curve:
     middle: Curve = {"step": list(kept)}
     for name in ("tokens", *METRICS):
         middle[name] = [_median([run[name][index] for run, index in by_step[step]]) for step in kept]
-    return {**middle, "seconds": _seconds(kept, middle["step_time_s"])}
+    return {**middle, "seconds": [*seconds_up_to(kept, middle["step_time_s"])]}
 
 
 def thinned(curve: Curve, points: int = POINTS) -> Curve:
@@ -115,16 +116,7 @@ def _whole(curve: Mapping[str, Sequence[Any]], beside: Curve | None) -> Curve:
         None if loss is None or (other := losses.get(step)) is None else loss - other
         for step, loss in zip(found["step"], found["loss"], strict=True)
     ]
-    return {**found, "seconds": _seconds(curve["step"], found["step_time_s"])}
-
-
-def _seconds(steps: Sequence[float], times: Sequence[float | None]) -> list[float | None]:
-    """Spent in steps up to each logged one; steps between took what the logged one tells."""
-    total, before, sums = 0.0, 0.0, list[float | None]()
-    for step, time in zip(steps, times, strict=True):
-        total, before = total + (step - before) * (time or 0.0), step
-        sums.append(total)
-    return sums
+    return {**found, "seconds": [*seconds_up_to(curve["step"], found["step_time_s"])]}
 
 
 def _median(values: Sequence[float | None]) -> float | None:

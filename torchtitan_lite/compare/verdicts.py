@@ -1,7 +1,7 @@
 """Two sides held against each other: loss, speed, memory. What may be said, and how sure it is."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -65,20 +65,11 @@ def speed_verdict(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Speed:
         return Speed("not comparable", "no time of a step after the first ones is logged")
     pairs = pairs_of(a, b)
     logs = [math.log(y.tokens_per_s() / x.tokens_per_s()) for x, y in pairs]
-    rates = [[math.log(run.tokens_per_s()) for run in side] for side in (a, b)]
-    single = pairs or [(a[0], b[0])]
-    if len(pairs) > 1:
-        interval, count, told = paired_interval(logs), len(pairs), f"{len(pairs)} repeats, in pairs"
-        if any(_apart_s(x, y) > _FAR_APART_S for x, y in pairs):
-            told += "; some did not run side by side: what the machine did meanwhile is in the difference"
-    elif len(a) > 1 and len(b) > 1:
-        interval, count = unpaired_interval(*rates), min(len(a), len(b))
-        told, single = f"{len(a)} and {len(b)} runs, not in pairs", list(zip(a, b, strict=False))
-    else:
-        interval, count = _of_single_runs(*single[0]), 1
-        told = f"one run a side, of which two alike differ by up to {_ONE_RUN_TIME:.0%}: repeats say more"
-    if count < _FEW:
-        interval = interval.within(max(_unrest_of_times(x, y) for x, y in single))
+    interval, told = _between(
+        a, b, lambda run: math.log(run.tokens_per_s()), _unrest_of_times, "in pairs", _ONE_RUN_TIME
+    )
+    if len(pairs) > 1 and any(_apart_s(x, y) > _FAR_APART_S for x, y in pairs):
+        told += "; some did not run side by side: what the machine did meanwhile is in the difference"
     interval = interval.exp()
     verdict = "no difference shown"
     if interval.excludes(1.0):
@@ -123,28 +114,44 @@ def _at_the_end(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
             at_equal=equal,
         )
     losses = {id(run): loss for run, loss in zip((*a, *b), (*left, *right), strict=True)}
-    single = pairs or [(a[0], b[0])]
-    differences = [losses[id(y)] - losses[id(x)] for x, y in single]
-    if len(pairs) > 1:
-        interval, count, told = (
-            paired_interval(differences),
-            len(pairs),
-            f"{len(pairs)} repeats, each of a seed of its own",
-        )
-    elif len(a) > 1 and len(b) > 1:
-        interval, count = unpaired_interval(left, right), min(len(a), len(b))
-        told, single = f"{len(a)} and {len(b)} runs, not in pairs", list(zip(a, b, strict=False))
-    else:
-        interval, count = Interval(differences[0], -math.inf, math.inf), 1
-        told = f"one run a side, of which two alike differ by up to {_ONE_RUN_LOSS:.0%}: repeats say more"
-    if count < _FEW:
-        reach = max(_unrest_of_losses(x, y, ground.along) for x, y in single)
-        interval = interval.within(max(reach, _ONE_RUN_LOSS * abs(fmean(left))))
+    least = _ONE_RUN_LOSS * abs(fmean(left))
+
+    def unrest(x: Run, y: Run) -> float:
+        return max(_unrest_of_losses(x, y, ground.along), least)
+
+    in_pairs = "each of a seed of its own"
+    interval, told = _between(a, b, lambda run: losses[id(run)], unrest, in_pairs, _ONE_RUN_LOSS)
     at = {"steps": "at the end", "tokens": "at equal tokens", "flops": "at equal FLOPs"}[ground.along]
     verdict = "different" if interval.excludes(0.0) else "no difference shown"
     may = ground.why if ground.limit is None else "they have no seed in common"
     why = f"curves may differ: {may}; smoothed, {at}, {told}"
     return Loss(verdict, why, interval.middle, interval.bounds(), None, steps, gaps, equal)
+
+
+def _between(
+    a: Sequence[Run],
+    b: Sequence[Run],
+    value: Callable[[Run], float],
+    unrest: Callable[[Run, Run], float],
+    in_pairs: str,
+    alike: float,
+) -> tuple[Interval, str]:
+    """Of b's value over a's, and what it rests on. unrest: by how much it may be off of one run a side. in_pairs: what
+    pairs are. alike: by how much two runs of one recipe differ."""
+    pairs = pairs_of(a, b)
+    if len(pairs) < 2 and len(a) > 1 and len(b) > 1:
+        held = list(zip(a, b, strict=False))
+        interval = unpaired_interval([value(run) for run in a], [value(run) for run in b])
+        told = f"{len(a)} and {len(b)} runs, not in pairs"
+    else:
+        held = pairs or [(a[0], b[0])]
+        interval = paired_interval([value(y) - value(x) for x, y in held])
+        told = f"{len(held)} repeats, {in_pairs}"
+        if len(held) == 1:
+            told = f"one run a side, of which two alike differ by up to {alike:.0%}: repeats say more"
+    if len(held) < _FEW:
+        interval = interval.within(max(unrest(x, y) for x, y in held))
+    return interval, told
 
 
 def _gaps(x: Run, y: Run) -> tuple[list[int], list[float]]:
@@ -161,10 +168,6 @@ def _unrest_of_losses(x: Run, y: Run, along: str) -> float:
     series = [gaps] if gaps else [run.curve["loss"] for run in (x, y)]
     own = [block_bootstrap(tail(each)) for each in series]
     return math.hypot(*(each.high - each.low for each in own)) / 2
-
-
-def _of_single_runs(x: Run, y: Run) -> Interval:
-    return Interval(math.log(y.tokens_per_s() / x.tokens_per_s()), -math.inf, math.inf)
 
 
 def _unrest_of_times(x: Run, y: Run) -> float:
