@@ -37,7 +37,7 @@ def recipe(tmp_path: Path, corpus: Path, cache: Path) -> Path:
 
 def _settled(recipe: str, *overrides: str) -> list[int]:
     """Steps after which a run waits for its device, as far as its rates need it."""
-    from torchtitan_lite.observability.histograms import settle
+    from torchtitan_lite.distributed.runtime import settle
     from torchtitan_lite.trainer import Trainer
 
     steps, step, waits = [0], Trainer.step, []

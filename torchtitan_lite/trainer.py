@@ -24,6 +24,7 @@ from torchtitan_lite.data.prepare import Prepared
 from torchtitan_lite.distributed import runtime
 from torchtitan_lite.distributed.compile import compiled_so_far
 from torchtitan_lite.distributed.mesh import axis, build_mesh
+from torchtitan_lite.distributed.runtime import settle
 from torchtitan_lite.distributed.sent import sent_since
 from torchtitan_lite.elastic.agreement import Agreed, agree
 from torchtitan_lite.elastic.faults import Guard, Skipped, pass_over, step_unless, why_stop
@@ -31,7 +32,7 @@ from torchtitan_lite.elastic.preemption import AGENTS_NOTICE_S, RESTART, StopSig
 from torchtitan_lite.elastic.replay import run_twice
 from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.errors import Corruption, UserError
-from torchtitan_lite.observability.histograms import Histograms, settle
+from torchtitan_lite.observability.histograms import Histograms
 from torchtitan_lite.observability.logging import at_step
 from torchtitan_lite.observability.memory import peak_memory_by_rank, peak_memory_gib
 from torchtitan_lite.observability.metrics import console_line

@@ -76,12 +76,11 @@ class ParallelPlan:
     experts: ExpertPlan | None = None
     stages: bool = False
     head: str | None = None
+    without: Mapping[str, str] = field(default_factory=dict)
 
     def head_in_loss(self, loss_chunks: int) -> str | None:
         """The head, where training.loss_chunks makes it one with the loss."""
         return self.head if loss_chunks > 1 else None
-
-    without: Mapping[str, str] = field(default_factory=dict)
 
 
 # What a block keeps of its forward: all that its backward needs, the results of some operations, or its input alone.

@@ -64,6 +64,12 @@ def prefer_cudnn_attention(device: torch.device, seq_len: int, cp: int) -> None:
         torch._C._set_sdp_priority_order([cudnn, *(each for each in order if each != cudnn)])
 
 
+def settle(device: torch.device) -> None:
+    """Wait for the device, where what it has yet to do is to count as a step's time."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def record_collectives(comm: Comm, folder: Path) -> None:
     """Have torch's flight recorder keep the last collectives, from the next process group on."""
     os.environ["TORCH_FR_BUFFER_SIZE"] = str(comm.trace_buf_size)

@@ -104,12 +104,6 @@ def _counts(local: Tensor) -> Tensor:
     return torch.cat([signs[:, end:].sum().view(1), large[1], buckets[1].flip(0), small.view(1), buckets[0], large[0]])
 
 
-def settle(device: torch.device) -> None:
-    """Wait for the device, where what it has yet to do is to count as a step's time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _of_stages(sizes: dict[str, int], stages: dist.ProcessGroup | None) -> dict[str, int]:
     """Those of all stages, in the same order on every rank."""
     if stages is None:

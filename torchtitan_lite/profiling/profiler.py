@@ -12,12 +12,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from torchtitan_lite.config.schema import Profiling
-from torchtitan_lite.distributed.runtime import Runtime, patient_group
+from torchtitan_lite.distributed.runtime import Runtime, patient_group, settle
 from torchtitan_lite.elastic.watchdog import Watchdog
 from torchtitan_lite.observability.metrics import StepClock
 from torchtitan_lite.observability.sinks import RunLog
@@ -68,7 +67,7 @@ class Profiler:
             self._window, self._next = window, step
             self._start(window.active - step, window.last - window.active + 1)
         if step >= self._window.active:
-            self._await_device()
+            settle(self._here.device)
             self._marked.enter_context(record_function(f"{STEP}{step}"))
 
     def ended(self, step: int, *, stopping: bool) -> None:
@@ -112,7 +111,7 @@ class Profiler:
 
     def _end_step(self, step: int, window: Window) -> None:
         if step >= window.active:
-            self._await_device()
+            settle(self._here.device)
             self._marked.close()
         if step < window.last:
             self._profile.step()
@@ -127,11 +126,6 @@ class Profiler:
         """Free what the profiler has seen: its parts hold each other, and the collector runs seldom in training."""
         self._profile = None
         gc.collect(1)
-
-    def _await_device(self) -> None:
-        """So that what a traced step has begun is done in it, and no more."""
-        if self._here.device.type == "cuda":
-            torch.cuda.synchronize(self._here.device)
 
     def _write(self, window: Window) -> None:
         """Write this rank's trace, and tell the first rank where its time went. Collective."""
