@@ -16,6 +16,7 @@ from torchtitan_lite.strict_json import flat
 EVERY = "activation_checkpoint.selective_ac_option"
 EXPERTS = "parallelism.expert_parallel_degree"
 CUT = "parallelism.expert_tensor_parallel_degree"
+FQNS = "quantize.grouped_mm.float8.fqns"
 CONVERTED = {"model.converters": ["quantize.linear.float8"]}
 DIALECT = sorted((Path(__file__).parent / "titan_dialect").glob("*.toml"))
 
@@ -53,6 +54,15 @@ def test_the_new_recipe_passes_its_check_or_the_reason_is_told(old: Path) -> Non
         assert found["error"] == 'model.name = "deepseek_v3": there are llama3, qwen3'
     else:
         assert (found["ok"], found["error"]) == (True, None)
+
+
+def test_a_mixture_keeps_its_float8_and_hears_of_no_key_without_effect() -> None:
+    old = next(path for path in DIALECT if path.stem == "qwen3_30b_a3b")
+    moved = migrate(old.read_text(encoding="utf-8"), str(old))
+    new = _flat(moved.text)
+    assert new["model.converters"] == ["quantize.linear.float8", "quantize.grouped_mm.float8"]
+    assert new[FQNS] == ["experts"]
+    assert not [warning for warning in check(moved.text)["warnings"] if "quantize" in warning]
 
 
 def test_what_stays_keeps_its_place_its_lines_and_its_comments() -> None:
@@ -96,6 +106,9 @@ def test_a_changed_key_has_its_reason_above_it_and_a_dropped_one_stays_as_a_comm
         ('model.tokenizer_path = "folder"', "", "dropped", {}, True),
         ('model.converters = ["mx", "quantize.linear.float8"]', "", "changed", CONVERTED, True),
         ('model.converters = ["quantize.linear.float8"]', "", "kept", None, False),
+        ('model.converters = ["quantize.linear.float8", "quantize.grouped_mm.float8"]', "", "kept", None, False),
+        ('quantize.grouped_mm.float8.fqns = ["experts"]', "", "kept", None, False),
+        (f'{FQNS} = "layers.1.moe, layers.2"', "", "changed", {FQNS: ["layers.1.moe", "layers.2"]}, False),
         ("validation.seq_len = 2048", "", "dropped", {}, False),
         ("validation.seq_len = 512", "", "dropped", {}, True),
         (f"{EXPERTS} = 2", "", "kept", None, False),

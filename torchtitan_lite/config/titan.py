@@ -60,7 +60,7 @@ class Dropped:
 Entry = Kept | Renamed | Changed | Dropped
 
 _OUTPUTS = ("./outputs", "outputs", "./torchtitan/outputs")
-_CONVERTERS = ("quantize.linear.float8",)
+_CONVERTERS = ("quantize.linear.float8", "quantize.grouped_mm.float8")
 _STATES = ("optimizer", "dataloader", "train_state")
 # Flavors that differ by the kernel of attention, and mask documents.
 _MASKED = ("_flex_attn", "_varlen_attn", "_flex", "_varlen")
@@ -116,6 +116,10 @@ def _small_left_out(value: Any, old: Old) -> dict[str, Any]:
     return {"quantize.linear.float8.filter_fqns": [renamed.get(name, name) for name in value]}
 
 
+def _names_of_experts(value: Any, old: Old) -> dict[str, Any]:
+    return {"quantize.grouped_mm.float8.fqns": [name.strip() for name in value.split(",") if name.strip()]}
+
+
 def _accumulates_under_a_pipeline(value: Any, old: Old) -> bool:
     staged = old.get("parallelism.pipeline_parallel_degree", 1) != 1
     return bool(staged and old.get("training.global_batch_size", -1) != -1)
@@ -126,8 +130,8 @@ _NO_HUGGING_FACE = "weights in Hugging Face's format are not read or written yet
 _MAPPED = "samples come from shards mapped into memory, without worker processes"
 _HELD_OUT = "validation is on documents held out of the corpus; data.validation_fraction says how many"
 _OWN_KEYS = "a recipe holds no keys of your own; a model from outside has its sizes as flavors of model.spec"
-_NO_MX = 'there is no MXFP8; of model.converters there is "quantize.linear.float8"'
-_NO_GROUPED = "the products of experts stay in the type of training.mixed_precision_param"
+_NO_MX = 'there is no MXFP8 for linear layers; "quantize.linear.float8" in model.converters multiplies in float8'
+_NO_GROUPED_MX = 'there is no MXFP8 for experts; "quantize.grouped_mm.float8" in model.converters multiplies in float8'
 _TORCHFT = "a key of TorchFT, see fault_tolerance.enable"
 
 # The same names with the same meaning, by section. Those not in the schema are not built yet.
@@ -175,7 +179,10 @@ _OTHERS: dict[str, Entry] = {
         to=_flavor,
     ),
     "model.converters": Changed(
-        'here there is "quantize.linear.float8" alone', when=_holds_others(_CONVERTERS), to=_converters, loses=True
+        'here there are "quantize.linear.float8" and "quantize.grouped_mm.float8"',
+        when=_holds_others(_CONVERTERS),
+        to=_converters,
+        loses=True,
     ),
     "model.tokenizer_path": Changed(
         "here a sentencepiece .model file, there a folder of Hugging Face's; without it one is trained on the text",
@@ -294,9 +301,11 @@ _OTHERS: dict[str, Entry] = {
     "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": Dropped(_NO_MX),
     "quantize.linear.mx.recipe_name": Dropped(_NO_MX),
     "quantize.linear.mx.filter_fqns": Dropped(_NO_MX),
-    "quantize.grouped_mm.float8.fqns": Dropped(_NO_GROUPED, equals([], "")),
-    "quantize.grouped_mm.mx.recipe_name": Dropped(_NO_GROUPED),
-    "quantize.grouped_mm.mx.fqns": Dropped(_NO_GROUPED, equals([], "")),
+    "quantize.grouped_mm.float8.fqns": Changed(
+        "a list here", when=lambda value, old: isinstance(value, str), to=_names_of_experts
+    ),
+    "quantize.grouped_mm.mx.recipe_name": Dropped(_NO_GROUPED_MX),
+    "quantize.grouped_mm.mx.fqns": Dropped(_NO_GROUPED_MX, equals([], "")),
     "comm.save_traces_file_prefix": Dropped("files in comm.save_traces_folder are named by rank", always),
     "comm.mode": Dropped(
         "`torchtitan-lite config show --world-size N` tries a recipe for N ranks without starting one",
