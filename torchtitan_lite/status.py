@@ -1,7 +1,6 @@
 """`torchtitan-lite status RUN...`: how runs are doing, from their folders alone. No torch, and nothing is written."""
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ from typing import Any, Literal, TextIO
 
 from torchtitan_lite.checkpoint.storage import MANIFEST, published_steps, step_folder
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.fields import TEXT, WHOLE, fields
 from torchtitan_lite.observability.run_view import FAILURES, RunReader, RunView
 from torchtitan_lite.observability.terminal import Screen
 from torchtitan_lite.run_record import read_stopped
@@ -24,6 +24,14 @@ _EVERY_S = 1.0
 _PATIENCE_S, _PATIENCE_TIMES = 30.0, 10
 _STARTING_S = 300.0  # comm.init_timeout_seconds, by default: by then a start has logged, or given up
 _MARKS = ("config.json", "metrics.jsonl", "events.jsonl", ".lock")
+
+_OF_CONFIG = {
+    "world_size": WHOLE,
+    "config.training.steps": WHOLE,
+    "config.model.name": TEXT,
+    "config.model.flavor": TEXT,
+    "config.checkpoint.folder": TEXT,
+}
 
 State = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "lost"]
 
@@ -89,60 +97,62 @@ class Run:
 
     def status(self) -> Status:
         view, record, now = self._reader.read(), self._read_config(), time.time()
-        new, config = view.newest, record.get("config", {})
-        steps = config.get("training", {}).get("steps")
-        saved, saved_at = self._checkpoint(view, config.get("checkpoint", {}).get("folder", "checkpoint"))
-        ranks = (view.start or {}).get("world_size", record.get("world_size"))
+        new, start, steps = view.newest, view.start or {}, record.get("config.training.steps")
+        saved, saved_at = self._checkpoint(view, record.get("config.checkpoint.folder") or "checkpoint")
+        ranks = start.get("world_size") or record.get("world_size")
         step_time = view.step_time_s()
         usual = step_time * view.between if step_time is not None else None
-        held, at = _held(self.folder, (view.start or {}).get("host")), self._reader.changed_at
+        held, at = _held(self.folder, start.get("host")), self._reader.changed_at
         age = max(0.0, now - at) if at is not None else None
         state, told = self._state(view, age, usual, held)
-        lasting = state in ("running", "quiet") and steps is not None and step_time is not None
-        validation, tps, model = view.validation or {}, _number(new.get("tps")), config.get("model", {})
+        lasts = state in ("running", "quiet")
+        validation, tps = view.validation or {}, new.get("tps")
         return Status(
             run=self.name,
             state=state,
             told=told,
-            model=f"{model.get('name', '')} {model.get('flavor', '')}".strip(),
-            mesh=str((view.start or {}).get("mesh", "")),
+            model=" ".join(filter(None, (record.get("config.model.name"), record.get("config.model.flavor")))),
+            mesh=start.get("mesh") or "",
             step=view.step,
             steps=steps,
-            eta_s=(steps - view.step) * step_time if lasting else None,
+            eta_s=(steps - view.step) * step_time if lasts and steps is not None and step_time is not None else None,
             step_time_s=step_time,
             usual_s=usual,
             last_line_age_s=age,
             held=held,
-            loss=_number(new.get("loss")),
-            grad_norm=_number(new.get("grad_norm")),
-            lr=_number(new.get("lr")),
+            loss=new.get("loss"),
+            grad_norm=new.get("grad_norm"),
+            lr=new.get("lr"),
             tokens_per_s=tps * ranks if tps is not None and ranks else None,
             tps=tps,
-            mfu=_number(new.get("mfu")),
-            memory_peak_gib=_number(new.get("memory_peak_gib")),
+            mfu=new.get("mfu"),
+            memory_peak_gib=new.get("memory_peak_gib"),
             checkpoint_step=saved,
             checkpoint_age_s=max(0.0, now - saved_at) if saved is not None else None,
             validation_step=validation.get("step"),
-            validation_loss=_number(validation.get("loss")),
+            validation_loss=validation.get("loss"),
             attempts=view.attempts,
             ranks=ranks,
             changes=view.sizes,
             skipped=len(view.skipped),
-            skipped_last=f"step {view.skipped[-1]['step']}: {view.skipped[-1].get('why', '')}" if view.skipped else "",
+            skipped_last=f"step {view.skipped[-1]['step']}: {view.skipped[-1]['why'] or ''}" if view.skipped else "",
             troubles=[(max(0.0, now - when), text) for when, text in view.troubles[-3:]],
             curve=[loss for _, loss in view.curve],
         )
 
     def _read_config(self) -> dict[str, Any]:
+        """By the names of _OF_CONFIG; {} where it is not there yet."""
         path = self.folder / "config.json"
         try:
             changed = path.stat().st_mtime_ns
-            if changed != self._config[0]:
-                self._config = (changed, dict(json.loads(path.read_text(encoding="utf-8"))))
+            if changed == self._config[0]:
+                return self._config[1]
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             raise UserError(f"{path}: is not a config.json of ours; this is no run folder, or a damaged one") from None
+        self._config = (changed, fields(record, str(path), {}, _OF_CONFIG))
         return self._config[1]
 
     def _checkpoint(self, view: RunView, name: str) -> tuple[int | None, float]:
@@ -218,11 +228,3 @@ def _held(folder: Path, host: str | None) -> bool | None:
         return any("FLOCK" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
     except OSError:
         return None
-
-
-def _number(value: Any) -> float | None:
-    """Those that are not finite are written as strings."""
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return math.nan
