@@ -308,6 +308,64 @@ def test_what_an_earlier_version_left_out_is_not_known(
     assert (told["ranks"], told["tokens_per_s"], told["grad_norm"]) == (3, 6.0, None)
 
 
+def test_one_that_cannot_be_read_does_not_hide_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _config(Path("torn"))
+    Path("torn/metrics.jsonl").write_text("[1\n")
+    assert main(["status", "nowhere", "run", "torn"]) == 2
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split()[:3] for line in lines[:4]] == [
+        ["RUN", "STATE", "STEP"],
+        ["nowhere", "unreadable", "n/a"],
+        ["run", "running", "20/80"],
+        ["torn", "unreadable", "n/a"],
+    ]
+    assert lines[4].startswith("nowhere  unreadable: no such folder; name the run folder")
+    assert lines[5] == "torn  unreadable: torn/metrics.jsonl, line 1: is not JSON; mend or remove the l>"
+    assert err.splitlines() == [
+        "error: nowhere: no such folder; name the run folder (job.dump_folder), as in outputs/llama3_debug",
+        "error: torn/metrics.jsonl, line 1: is not JSON; mend or remove the line",
+    ]
+    assert main(["status", "nowhere", "run", "--json"]) == 2
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["state"], first["step"], first["attempts"], second["step"]) == ("unreadable", None, None, 20)
+    assert first["told"].startswith("no such folder")
+
+
+class _Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_view_of_several_waits_for_none_that_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _event(folder, "end", 80, 0, 2)
+    stream = _Tty()
+    assert status.run(["nowhere", "run"], as_json=False, once=False, stream=stream) == 2
+    assert re.search(r"nowhere +unreadable.*run +finished +20/80", stream.getvalue(), re.DOTALL)
+    assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
+
+
+def test_one_that_is_mended_while_it_is_watched_is_read_from_its_beginning(folder: Path) -> None:
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(whole.replace('{"step": 3,', '{"stop": 3,'))
+    watched = status._Watched("run")
+    assert [watched.status().state for _ in range(2)] == ["unreadable"] * 2
+    (folder / "metrics.jsonl").write_text(whole)
+    os.utime(folder / "metrics.jsonl", (NOW, NOW))
+    assert (watched.status().step, watched.error) == (20, None)
+
+
+def test_a_later_checkpoint_is_seen(folder: Path) -> None:
+    run = status.Run("run")
+    assert run.status().checkpoint_step == 10
+    (folder / "checkpoint" / "step-00000020").mkdir()
+    assert run.status().checkpoint_step == 10, "no line says that there is one"
+    _event(folder, "checkpoint", 20, 0, 2, path="x")
+    assert run.status().checkpoint_step == 20
+
+
 def test_pieces() -> None:
     assert [bar(share, 12) for share in (-1, 0.5, 2)] == ["[----------]", "[#####-----]", "[##########]"]
     assert sparkline([1, 2, 3, 4, 5, 6, 7, 8], 4) == "▁▃▆█"

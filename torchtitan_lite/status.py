@@ -6,7 +6,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -33,7 +33,7 @@ _OF_CONFIG = {
     "config.checkpoint.folder": TEXT,
 }
 
-State = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "lost"]
+State = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "lost", "unreadable"]
 
 
 @dataclass(frozen=True)
@@ -49,33 +49,33 @@ class Status:
     run: str
     state: State
     told: str
-    model: str
-    mesh: str
-    step: int
-    steps: int | None
-    eta_s: float | None
-    step_time_s: float | None
-    usual_s: float | None
-    last_line_age_s: float | None
-    held: bool | None
-    loss: float | None
-    grad_norm: float | None
-    lr: float | None
-    tokens_per_s: float | None
-    tps: float | None
-    mfu: float | None
-    memory_peak_gib: float | None
-    checkpoint_step: int | None
-    checkpoint_age_s: float | None
-    validation_step: int | None
-    validation_loss: float | None
-    attempts: int
-    ranks: int | None
-    changes: list[tuple[int, int, int]]
-    skipped: int
-    skipped_last: str
-    troubles: list[tuple[float, str]]
-    curve: list[float]
+    model: str = ""
+    mesh: str = ""
+    step: int = 0
+    steps: int | None = None
+    eta_s: float | None = None
+    step_time_s: float | None = None
+    usual_s: float | None = None
+    last_line_age_s: float | None = None
+    held: bool | None = None
+    loss: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    tokens_per_s: float | None = None
+    tps: float | None = None
+    mfu: float | None = None
+    memory_peak_gib: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    validation_step: int | None = None
+    validation_loss: float | None = None
+    attempts: int = 0
+    ranks: int | None = None
+    changes: list[tuple[int, int, int]] = field(default_factory=list)
+    skipped: int = 0
+    skipped_last: str = ""
+    troubles: list[tuple[float, str]] = field(default_factory=list)
+    curve: list[float] = field(default_factory=list)
 
 
 class Run:
@@ -187,35 +187,67 @@ class Run:
         return ("running", "") if (age or 0.0) < patience else ("quiet" if held else "lost", "")
 
 
+class _Watched:
+    """One of several runs: one that cannot be read must not hide the others, and may be read later."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._run: Run | None = None
+        self.error: UserError | None = None
+
+    def status(self) -> Status:
+        try:
+            self._run, self.error = self._run or Run(self._name), None
+            return self._run.status()
+        except UserError as error:
+            self._run, self.error = None, error  # its reader has passed over what it could not take
+            return Status(self._name, "unreadable", str(error).removeprefix(f"{self._name}: "))
+
+
 def run(names: Sequence[str], *, as_json: bool, once: bool, stream: TextIO | None = None) -> int:
-    """Show runs; return the exit code: 0, also for one that was left with Ctrl-C. Raises UserError."""
+    """Show runs; return the exit code: 0, also for one that was left with Ctrl-C; 2 where one of several cannot be
+    read, with a line of it on stderr. Raises UserError where the only one cannot."""
     stream = stream or sys.stdout
-    runs = [Run(name) for name in names]
+    runs: Sequence[Run | _Watched] = [Run(names[0])] if len(names) == 1 else [_Watched(name) for name in names]
     if as_json:
         told = [_document(each.status()) for each in runs]
         print(strict_dumps(told[0] if len(told) == 1 else told, indent=1), file=stream)
-        return 0
-    plain = "utf" not in (stream.encoding or "").lower()
-    if once or not stream.isatty():
+    elif once or not stream.isatty():
         width = shutil.get_terminal_size((80, 24)).columns
-        for line, _ in page([each.status() for each in runs], width, plain=plain):
+        for line, _ in page([each.status() for each in runs], width, plain=_is_plain(stream)):
             print(line, file=stream)
-        return 0
+    else:
+        _live(runs, stream)
+    errors = [each.error for each in runs if isinstance(each, _Watched) and each.error is not None]
+    for error in errors:
+        print(error.line(), file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _live(runs: Sequence[Run | _Watched], stream: TextIO) -> None:
+    """Draw them again and again until there is nothing to wait for, or Ctrl-C."""
     screen = Screen(stream)
     try:
         while True:
-            told_now = [each.status() for each in runs]
+            told = [each.status() for each in runs]
             columns, rows = shutil.get_terminal_size((80, 24))
-            screen.draw(page(told_now, columns, plain=plain), columns, rows)
-            if all(status.state == "finished" for status in told_now):
-                return 0
+            screen.draw(page(told, columns, plain=_is_plain(stream)), columns, rows)
+            if all(status.state in ("finished", "unreadable") for status in told):
+                return
             time.sleep(_EVERY_S)
     except KeyboardInterrupt:
-        return 0
+        return
+
+
+def _is_plain(stream: TextIO) -> bool:
+    return "utf" not in (stream.encoding or "").lower()
 
 
 def _document(status: Status) -> dict[str, Any]:
-    return {key: value for key, value in asdict(status).items() if key != "curve"}
+    found = {key: value for key, value in asdict(status).items() if key != "curve"}
+    if status.state != "unreadable":
+        return found
+    return {key: value if key in ("run", "state", "told") else None for key, value in found.items()}
 
 
 def _held(folder: Path, host: str | None) -> bool | None:

@@ -98,7 +98,7 @@ def _table(statuses: Sequence[Status], width: int) -> list[Line]:
         (
             one_line(status.run),
             status.state,
-            f"{status.step}/{status.steps or '?'}",
+            "" if status.state == "unreadable" else f"{status.step}/{status.steps or '?'}",
             "" if status.eta_s is None else duration(status.eta_s),
             _figure(status.loss, ".4f"),
             _figure(status.tokens_per_s, ",.0f"),
@@ -117,7 +117,7 @@ def _table(statuses: Sequence[Status], width: int) -> list[Line]:
         colour = "bold" if status is None else _COLOUR.get(status.state, "bad")
         lines.append(("  ".join((*left, *right)).rstrip(), colour))
     for status in statuses:
-        if status.state in ("quiet", "lost", "failed", "stopped"):
+        if status.state in ("quiet", "lost", "failed", "stopped", "unreadable"):
             lines.append((f"{status.run}  {_state(status)}", _COLOUR.get(status.state, "bad")))
         lines += [(f"{status.run}  {duration(age)} ago: {text}", "bad") for age, text in status.troubles[-1:]]
     return lines

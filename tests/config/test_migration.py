@@ -178,6 +178,19 @@ def test_the_key_that_is_there_already_counts() -> None:
     assert _told(text)["training.seed"].told == "debug.seed is set too, and counts"
 
 
+def test_a_key_that_is_renamed_onto_one_that_is_there_is_left_out_with_a_warning() -> None:
+    each = _told("[training]\nseed = 1\n[debug]\nseed = 2\n")["training.seed"]
+    assert (each.action, each.to, each.warning) == ("dropped", {}, True)
+
+
+def test_what_a_value_becomes_does_not_write_over_the_key_that_is_there_already() -> None:
+    text = '[model]\nflavor = "8B_flex_attn"\n[data]\ndocument_mask = false\n'
+    assert _told(text)["model.flavor"].to == {"model.flavor": "8B"}
+    new = migrate(text, "old.toml").text
+    assert new.count("document_mask = ") == 1
+    assert _flat(new)["data.document_mask"] is False
+
+
 def test_an_inline_table_is_taken_apart_where_a_key_of_it_goes() -> None:
     new = _new("[quantize]\nlinear = { float8 = { emulate = true }, mx = { recipe_name = 'x' } }\n")
     assert new["quantize.linear.float8.emulate"] is True
