@@ -54,28 +54,44 @@ def _parser() -> _Parser:
     parser = _Parser("torchtitan-lite", description="PyTorch-native LLM pre-training.", allow_abbrev=False)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def command(parent: Any, name: str, run: Any, help: str, recipes: str = "one") -> _Parser:
-        sub: _Parser = parent.add_parser(name, help=help, description=help, allow_abbrev=False)
-        sub.set_defaults(run=run, takes_overrides=recipes == "one")
-        if recipes == "one":
-            sub.add_argument("recipe", help="a TOML file")
-            sub.epilog = "Overrides follow as --section.key=value."
-        elif recipes == "many":
-            sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files")
-        return sub
-
-    command(commands, "train", _train, "check a recipe, prepare its data, train it with torchrun on this machine")
-    status = command(commands, "status", _status, "show how runs are doing, from their folders; Ctrl-C ends it", "none")
+    _command(commands, "train", _train, "check a recipe, prepare its data, train it with torchrun on this machine")
+    status = _command(
+        commands, "status", _status, "show how runs are doing, from their folders; Ctrl-C ends it", "none"
+    )
     status.add_argument("runs", nargs="+", metavar="RUN", help="run folders; several make a table")
     status.add_argument("--once", action="store_true", help="print it once, as where the output is no terminal")
     status.add_argument("--json", action="store_true", help="one JSON document on stdout, once")
-    trace = command(commands, "trace", _trace, "put the phases of a run's ranks into one Chrome trace", "none")
+    trace = _command(commands, "trace", _trace, "put the phases of a run's ranks into one Chrome trace", "none")
     trace.add_argument("run_folder", metavar="RUN", help="a run folder, of a run with profiling.phases = true")
     trace.add_argument("--out", metavar="FILE", help="where to write it; phases/trace.json in the run folder")
     trace.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    compare = command(
+    compare = _command(
         commands, "compare", _compare, "run recipes in turns and say what differs, and by how much", "none"
     )
+    _compare_arguments(compare)
+    _command(commands, "prepare", _prepare, "train the tokenizer and tokenise the corpus of a recipe, once")
+    meet = _command(
+        commands, "rendezvous", _rendezvous, "serve the store that launchers of several nodes meet at", "none"
+    )
+    meet.add_argument("--port", type=int, default=29400, help="TCP port, 29400 by default")
+    meet.add_argument("--host", default="0.0.0.0", help="address to listen at, all by default")
+    _checkpoint_commands(commands)
+    _config_commands(commands)
+    return parser
+
+
+def _command(parent: Any, name: str, run: Any, help: str, recipes: str = "one") -> _Parser:
+    sub: _Parser = parent.add_parser(name, help=help, description=help, allow_abbrev=False)
+    sub.set_defaults(run=run, takes_overrides=recipes == "one")
+    if recipes == "one":
+        sub.add_argument("recipe", help="a TOML file")
+        sub.epilog = "Overrides follow as --section.key=value."
+    elif recipes == "many":
+        sub.add_argument("recipes", nargs="+", metavar="RECIPE", help="TOML files")
+    return sub
+
+
+def _compare_arguments(compare: _Parser) -> None:
     compare.add_argument("sources", nargs="+", metavar="RECIPE_OR_RUN", help="TOML files, and folders of runs")
     compare.add_argument("--out", default="outputs/compare", metavar="DIR", help="for runs and report; outputs/compare")
     compare.add_argument("--steps", type=_positive, help="of each run; default: as its recipe says")
@@ -98,38 +114,37 @@ def _parser() -> _Parser:
         help='exit 1 where it fails, as in "B.loss ≈ A.loss" or "B.tps >= 0.95 * A.tps"; repeatable',
     )
     compare.add_argument("--json", action="store_true", help="report.json on stdout too, the table on stderr")
-    command(commands, "prepare", _prepare, "train the tokenizer and tokenise the corpus of a recipe, once")
-    meet = command(
-        commands, "rendezvous", _rendezvous, "serve the store that launchers of several nodes meet at", "none"
-    )
-    meet.add_argument("--port", type=int, default=29400, help="TCP port, 29400 by default")
-    meet.add_argument("--host", default="0.0.0.0", help="address to listen at, all by default")
+
+
+def _checkpoint_commands(commands: Any) -> None:
     checkpoint = commands.add_parser("checkpoint", help="list, verify and inspect checkpoints", allow_abbrev=False)
     actions = checkpoint.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
     for action, told in _CHECKPOINT_ACTIONS.items():
-        sub = command(actions, action, _checkpoint, told, recipes="none")
+        sub = _command(actions, action, _checkpoint, told, recipes="none")
         sub.add_argument("path", metavar="PATH", help="a checkpoint, a folder of some, or a run folder")
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout")
         sub.set_defaults(action=action)
+
+
+def _config_commands(commands: Any) -> None:
     config = commands.add_parser("config", help="show, check and document recipes", allow_abbrev=False)
     actions = config.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
-    show = command(actions, "show", _show, "print a recipe with everything filled in")
+    show = _command(actions, "show", _show, "print a recipe with everything filled in")
     show.add_argument("--world-size", type=_positive, help="also resolve it for that many ranks")
     show.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    check = command(actions, "check", _check, "check recipes without running them", recipes="many")
+    check = _command(actions, "check", _check, "check recipes without running them", recipes="many")
     check.add_argument("--world-size", type=_positive, help="ranks; default: the fewest that the degrees ask for")
     check.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    migrate = command(actions, "migrate", _migrate, "turn a recipe of TorchTitan 0.2.x into one of ours", "none")
+    migrate = _command(actions, "migrate", _migrate, "turn a recipe of TorchTitan 0.2.x into one of ours", "none")
     migrate.add_argument("old", metavar="OLD", help="its TOML file")
     migrate.add_argument("--out", metavar="NEW", help="a file for the new recipe; without it, it goes to stdout")
     migrate.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    diff = command(actions, "diff", _diff, "what differs between two recipes or finished runs", "none")
+    diff = _command(actions, "diff", _diff, "what differs between two recipes or finished runs", "none")
     diff.add_argument("a", metavar="A", help="a TOML file, a run folder or its config.json")
     diff.add_argument("b", metavar="B", help="another")
     diff.add_argument("--world-size", type=_positive, help="resolve recipes for so many ranks; default: those of a run")
     diff.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    command(actions, "docs", _docs, "print docs/configuration.md", recipes="none")
-    return parser
+    _command(actions, "docs", _docs, "print docs/configuration.md", recipes="none")
 
 
 def _positive(text: str) -> int:

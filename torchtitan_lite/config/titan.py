@@ -314,8 +314,8 @@ _OTHERS: dict[str, Entry] = {
     "activation_checkpoint.determinism_check": Dropped("torch's default check is made", equals("default")),
     "activation_checkpoint.debug": Dropped("recomputation is not traced", equals(False)),
     _NOT_IN_FLOAT8: Changed(
-        '"auto_filter_small_kn" is "auto_filter_small" here, "moe" "feed_forward" and "shared_experts" "shared"; routers '
-        "are left out, they never compute in float8",
+        '"auto_filter_small_kn" is "auto_filter_small" here, "moe" "feed_forward" and "shared_experts" "shared"; '
+        "routers are left out, they never compute in float8",
         when=_names_modules_otherwise(_NOT_IN_FLOAT8),
         to=_modules(_NOT_IN_FLOAT8),
     ),
