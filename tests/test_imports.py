@@ -15,7 +15,7 @@ HEAVY = ("torch", "tensorboard", "sentencepiece", "numpy", "transformers", "tqdm
 
 # From low to high, by the first name below the package; "" is the package's own __init__.
 LAYERS = (
-    {"errors", "files", "strict_json", ""},
+    {"errors", "fields", "files", "strict_json", ""},
     {"config"},
     {"distributed", "observability"},
     {"data", "models", "optim", "quantization", "checkpoint", "elastic", "profiling"},

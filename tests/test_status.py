@@ -215,18 +215,6 @@ def test_json_is_one_document(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert [entry["run"] for entry in json.loads(capsys.readouterr().out)] == ["run", "run"]
 
 
-def test_one_of_several_that_cannot_be_read_is_told_among_them(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["status", "nowhere", "run", "--once"]) == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].split() == ["nowhere", "unreadable", "n/a", "n/a"]
-    assert lines[2].startswith("run")
-    assert "no such folder" in lines[3]
-    assert main(["status", "nowhere", "run", "--json"]) == 2
-    assert [each["state"] for each in json.loads(capsys.readouterr().out)] == ["unreadable", "running"]
-
-
 def test_a_later_checkpoint_is_seen(folder: Path) -> None:
     run = status.Run("run")
     assert run.status().checkpoint_step == 10
@@ -237,37 +225,14 @@ def test_a_later_checkpoint_is_seen(folder: Path) -> None:
     assert run.status().checkpoint_step == 20
 
 
-BROKEN = {
-    "stopped.json": "null",
-    "stopped.json cut": '{"step": 1',
-    "events.jsonl sizes": '{"event": "world-size change", "time": 0, "step": 3}\n',
-    "config.json null": '{"config": null}',
-    "config.json section": '{"config": {"training": "x"}}',
-    "config.json training": '{"config": {"training": null}}',
-    "config.json steps": '{"config": {"training": {"steps": "80"}}}',
-    "metrics.jsonl step": '{"step": Infinity, "loss": 1.0, "step_time_s": 1.0}\n',
-}
-
-
-@pytest.mark.parametrize("what", BROKEN)
-def test_files_that_are_not_whole_are_one_line(folder: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / what.split()[0]).write_text(BROKEN[what])
-    assert main(["status", "run", "--once"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: run/{what.split()[0]}")
-    assert error.count("\n") == 1
-
-
-def test_a_step_time_that_is_no_number_is_not_known(folder: Path) -> None:
-    _metrics(folder, 21, 1.0, 0, 3, step_time_s="nan")
-    assert "n/a" in _shown("run")
-
-
 MISTAKES = {
     "missing": ("nowhere", "error: nowhere: no such folder; name the run folder"),
     "a file": ("run/config.json", "error: run/config.json: is no folder; name"),
     "the folder of runs": (".", "error: .: is no run folder, it has no config.json, metrics.jsonl, events.jsonl; name"),
-    "metrics of another kind": ("old", "error: old/metrics.jsonl: a line without a step, loss or step_time_s"),
+    "metrics of another kind": (
+        "old",
+        "error: old/metrics.jsonl, line 1: loss: expected a number, got nothing; it",
+    ),
     "no json": ("torn", "error: torn/metrics.jsonl, line 1: is not JSON"),
     "config": ("odd", "error: odd/config.json: is not a config.json of ours"),
 }
@@ -287,6 +252,55 @@ def test_mistakes_are_one_line(folder: Path, what: str, capsys: pytest.CaptureFi
     error = capsys.readouterr().err
     assert error.startswith(message)
     assert error.count("\n") == 1
+
+
+def test_one_that_cannot_be_read_does_not_hide_the_others(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _config(Path("torn"))
+    Path("torn/metrics.jsonl").write_text("[1\n")
+    assert main(["status", "nowhere", "run", "torn"]) == 2
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert [line.split()[:3] for line in lines[:4]] == [
+        ["RUN", "STATE", "STEP"],
+        ["nowhere", "unreadable", "n/a"],
+        ["run", "running", "20/80"],
+        ["torn", "unreadable", "n/a"],
+    ]
+    assert lines[4].startswith("nowhere  unreadable: no such folder; name the run folder")
+    assert lines[5] == "torn  unreadable: torn/metrics.jsonl, line 1: is not JSON; mend or remove the l>"
+    assert err.splitlines() == [
+        "error: nowhere: no such folder; name the run folder (job.dump_folder), as in outputs/llama3_debug",
+        "error: torn/metrics.jsonl, line 1: is not JSON; mend or remove the line",
+    ]
+    assert main(["status", "nowhere", "run", "--json"]) == 2
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["state"], first["step"], first["attempts"], second["step"]) == ("unreadable", None, None, 20)
+    assert first["told"].startswith("no such folder")
+
+
+class _Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_live_view_of_several_waits_for_none_that_cannot_be_read(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _event(folder, "end", 80, 0, 2)
+    stream = _Tty()
+    assert status.run(["nowhere", "run"], as_json=False, once=False, stream=stream) == 2
+    assert re.search(r"nowhere +unreadable.*run +finished +20/80", stream.getvalue(), re.DOTALL)
+    assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
+
+
+def test_one_that_is_mended_while_it_is_watched_is_read_from_its_beginning(folder: Path) -> None:
+    whole = (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(whole.replace('{"step": 3,', '{"stop": 3,'))
+    watched = status._Watched("run")
+    assert [watched.status().state for _ in range(2)] == ["unreadable"] * 2
+    (folder / "metrics.jsonl").write_text(whole)
+    os.utime(folder / "metrics.jsonl", (NOW, NOW))
+    assert (watched.status().step, watched.error) == (20, None)
 
 
 def test_pieces() -> None:

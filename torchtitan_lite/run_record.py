@@ -12,6 +12,7 @@ from typing import Any
 
 import torchtitan_lite
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.fields import TEXT, WHOLE, fields
 from torchtitan_lite.files import replace
 from torchtitan_lite.preflight import JobPlan
 from torchtitan_lite.strict_json import strict_dumps
@@ -61,13 +62,16 @@ def write_stopped(folder: Path, **how: Any) -> None:
 
 
 def read_stopped(folder: Path) -> dict[str, Any] | None:
-    """What write_stopped left; None where the run has gone on since, or did not end so. Raises UserError."""
+    """What write_stopped left; None where the run has gone on since, or did not end so. Raises UserError where it
+    cannot be read."""
     try:
-        return dict(json.loads((folder / STOPPED).read_text(encoding="utf-8")))
+        record = json.loads((folder / STOPPED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError):
-        raise UserError(f"{folder / STOPPED}: cannot be read; remove it, the step that is saved stays") from None
+    except (OSError, ValueError):
+        told = "cannot be read, or is not JSON; remove it, the step that is saved stays"
+        raise UserError(f"{folder / STOPPED}: {told}") from None
+    return fields(record, str(folder / STOPPED), {"signal": TEXT}, {"step": WHOLE, "saved": WHOLE})
 
 
 def clear_stopped(folder: Path) -> None:

@@ -1,18 +1,18 @@
 """`torchtitan-lite status RUN...`: how runs are doing, from their folders alone. No torch, and nothing is written."""
 
 import json
-import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from torchtitan_lite.checkpoint.storage import MANIFEST, published_steps, step_folder
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.fields import TEXT, WHOLE, fields
 from torchtitan_lite.observability.run_view import FAILURES, RunReader, RunView
 from torchtitan_lite.observability.terminal import Screen
 from torchtitan_lite.run_record import read_stopped
@@ -24,6 +24,14 @@ _EVERY_S = 1.0
 _PATIENCE_S, _PATIENCE_TIMES = 30.0, 10
 _STARTING_S = 300.0  # comm.init_timeout_seconds, by default: by then a start has logged, or given up
 _MARKS = ("config.json", "metrics.jsonl", "events.jsonl", ".lock")
+
+_OF_CONFIG = {
+    "world_size": WHOLE,
+    "config.training.steps": WHOLE,
+    "config.model.name": TEXT,
+    "config.model.flavor": TEXT,
+    "config.checkpoint.folder": TEXT,
+}
 
 State = Literal["starting", "running", "quiet", "finished", "stopped", "failed", "lost", "unreadable"]
 
@@ -41,33 +49,33 @@ class Status:
     run: str
     state: State
     told: str
-    model: str
-    mesh: str
-    step: int
-    steps: int | None
-    eta_s: float | None
-    step_time_s: float | None
-    usual_s: float | None
-    last_line_age_s: float | None
-    held: bool | None
-    loss: float | None
-    grad_norm: float | None
-    lr: float | None
-    tokens_per_s: float | None
-    tps: float | None
-    mfu: float | None
-    memory_peak_gib: float | None
-    checkpoint_step: int | None
-    checkpoint_age_s: float | None
-    validation_step: int | None
-    validation_loss: float | None
-    attempts: int
-    ranks: int | None
-    changes: list[tuple[int, int, int]]
-    skipped: int
-    skipped_last: str
-    troubles: list[tuple[float, str]]
-    curve: list[float]
+    model: str = ""
+    mesh: str = ""
+    step: int = 0
+    steps: int | None = None
+    eta_s: float | None = None
+    step_time_s: float | None = None
+    usual_s: float | None = None
+    last_line_age_s: float | None = None
+    held: bool | None = None
+    loss: float | None = None
+    grad_norm: float | None = None
+    lr: float | None = None
+    tokens_per_s: float | None = None
+    tps: float | None = None
+    mfu: float | None = None
+    memory_peak_gib: float | None = None
+    checkpoint_step: int | None = None
+    checkpoint_age_s: float | None = None
+    validation_step: int | None = None
+    validation_loss: float | None = None
+    attempts: int = 0
+    ranks: int | None = None
+    changes: list[tuple[int, int, int]] = field(default_factory=list)
+    skipped: int = 0
+    skipped_last: str = ""
+    troubles: list[tuple[float, str]] = field(default_factory=list)
+    curve: list[float] = field(default_factory=list)
 
 
 class Run:
@@ -89,62 +97,62 @@ class Run:
 
     def status(self) -> Status:
         view, record, now = self._reader.read(), self._read_config(), time.time()
-        new, config = view.newest, record.get("config", {})
-        steps = config.get("training", {}).get("steps")
-        saved, saved_at = self._checkpoint(view, config.get("checkpoint", {}).get("folder", "checkpoint"))
-        ranks = (view.start or {}).get("world_size", record.get("world_size"))
+        new, start, steps = view.newest, view.start or {}, record.get("config.training.steps")
+        saved, saved_at = self._checkpoint(view, record.get("config.checkpoint.folder") or "checkpoint")
+        ranks = start.get("world_size") or record.get("world_size")
         step_time = view.step_time_s()
         usual = step_time * view.between if step_time is not None else None
-        held, at = _held(self.folder, (view.start or {}).get("host")), self._reader.changed_at
+        held, at = _held(self.folder, start.get("host")), self._reader.changed_at
         age = max(0.0, now - at) if at is not None else None
         state, told = self._state(view, age, usual, held)
-        lasting = state in ("running", "quiet") and steps is not None and step_time is not None
-        validation, tps, model = view.validation or {}, _number(new.get("tps")), config.get("model", {})
+        lasts = state in ("running", "quiet")
+        validation, tps = view.validation or {}, new.get("tps")
         return Status(
             run=self.name,
             state=state,
             told=told,
-            model=f"{model.get('name', '')} {model.get('flavor', '')}".strip(),
-            mesh=str((view.start or {}).get("mesh", "")),
+            model=" ".join(filter(None, (record.get("config.model.name"), record.get("config.model.flavor")))),
+            mesh=start.get("mesh") or "",
             step=view.step,
             steps=steps,
-            eta_s=(steps - view.step) * step_time if lasting else None,
+            eta_s=(steps - view.step) * step_time if lasts and steps is not None and step_time is not None else None,
             step_time_s=step_time,
             usual_s=usual,
             last_line_age_s=age,
             held=held,
-            loss=_number(new.get("loss")),
-            grad_norm=_number(new.get("grad_norm")),
-            lr=_number(new.get("lr")),
+            loss=new.get("loss"),
+            grad_norm=new.get("grad_norm"),
+            lr=new.get("lr"),
             tokens_per_s=tps * ranks if tps is not None and ranks else None,
             tps=tps,
-            mfu=_number(new.get("mfu")),
-            memory_peak_gib=_number(new.get("memory_peak_gib")),
+            mfu=new.get("mfu"),
+            memory_peak_gib=new.get("memory_peak_gib"),
             checkpoint_step=saved,
             checkpoint_age_s=max(0.0, now - saved_at) if saved is not None else None,
             validation_step=validation.get("step"),
-            validation_loss=_number(validation.get("loss")),
+            validation_loss=validation.get("loss"),
             attempts=view.attempts,
             ranks=ranks,
             changes=view.sizes,
             skipped=len(view.skipped),
-            skipped_last=f"step {view.skipped[-1]['step']}: {view.skipped[-1].get('why', '')}" if view.skipped else "",
+            skipped_last=f"step {view.skipped[-1]['step']}: {view.skipped[-1]['why'] or ''}" if view.skipped else "",
             troubles=[(max(0.0, now - when), text) for when, text in view.troubles[-3:]],
             curve=[loss for _, loss in view.curve],
         )
 
     def _read_config(self) -> dict[str, Any]:
+        """By the names of _OF_CONFIG; {} where it is not there yet."""
         path = self.folder / "config.json"
         try:
             changed = path.stat().st_mtime_ns
-            if changed != self._config[0]:
-                record = dict(json.loads(path.read_text(encoding="utf-8")))
-                _require_shape(record)
-                self._config = (changed, record)
+            if changed == self._config[0]:
+                return self._config[1]
+            record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError):
             raise UserError(f"{path}: is not a config.json of ours; this is no run folder, or a damaged one") from None
+        self._config = (changed, fields(record, str(path), {}, _OF_CONFIG))
         return self._config[1]
 
     def _checkpoint(self, view: RunView, name: str) -> tuple[int | None, float]:
@@ -179,78 +187,67 @@ class Run:
         return ("running", "") if (age or 0.0) < patience else ("quiet" if held else "lost", "")
 
 
-def _require_shape(record: dict[str, Any]) -> None:
-    """Raise ValueError where a config.json lacks the shape that is read here."""
-    config, ranks = record.get("config", {}), record.get("world_size")
-    sections = (
-        [config.get(name, {}) for name in ("training", "checkpoint", "model")] if isinstance(config, dict) else []
-    )
-    steps = sections[0].get("steps") if sections and isinstance(sections[0], dict) else None
-    whole = all(value is None or type(value) is int for value in (steps, ranks))
-    if not sections or not all(isinstance(each, dict) for each in sections) or not whole:
-        raise ValueError("not of this shape")
-    if not isinstance(sections[1].get("folder", ""), str):
-        raise ValueError("not of this shape")
+class _Watched:
+    """One of several runs: one that cannot be read must not hide the others, and may be read later."""
 
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._run: Run | None = None
+        self.error: UserError | None = None
 
-def _look(names: Sequence[str], runs: dict[str, Run]) -> list[Status]:
-    """How each is doing. runs: those looked at before. Raises UserError for one that cannot be read and is alone; among
-    others it is told."""
-    found = []
-    for name in names:
+    def status(self) -> Status:
         try:
-            if name not in runs:
-                runs[name] = Run(name)
-            found.append(runs[name].status())
+            self._run, self.error = self._run or Run(self._name), None
+            return self._run.status()
         except UserError as error:
-            if len(names) == 1:
-                raise
-            found.append(_unreadable(name, str(error)))
-    return found
-
-
-def _unreadable(name: str, told: str) -> Status:
-    known = {"run": name, "state": "unreadable", "told": told, "model": "", "mesh": "", "step": 0, "attempts": 0}
-    known |= {"changes": [], "skipped": 0, "skipped_last": "", "troubles": [], "curve": []}
-    return Status(**{**dict.fromkeys(each.name for each in fields(Status)), **known})  # type: ignore[arg-type]
+            self._run, self.error = None, error  # its reader has passed over what it could not take
+            return Status(self._name, "unreadable", str(error).removeprefix(f"{self._name}: "))
 
 
 def run(names: Sequence[str], *, as_json: bool, once: bool, stream: TextIO | None = None) -> int:
-    """Show runs; return the exit code: 0, also where Ctrl-C ended it; 2 where one of several cannot be read. Raises
-    UserError where there is no other."""
+    """Show runs; return the exit code: 0, also for one that was left with Ctrl-C; 2 where one of several cannot be
+    read, with a line of it on stderr. Raises UserError where the only one cannot."""
     stream = stream or sys.stdout
-    runs: dict[str, Run] = {}
+    runs: Sequence[Run | _Watched] = [Run(names[0])] if len(names) == 1 else [_Watched(name) for name in names]
     if as_json:
-        found = _look(names, runs)
-        told = [_document(each) for each in found]
+        told = [_document(each.status()) for each in runs]
         print(strict_dumps(told[0] if len(told) == 1 else told, indent=1), file=stream)
-        return _code(found)
-    plain = "utf" not in (stream.encoding or "").lower()
-    if once or not stream.isatty():
+    elif once or not stream.isatty():
         width = shutil.get_terminal_size((80, 24)).columns
-        found = _look(names, runs)
-        for line, _ in page(found, width, plain=plain):
+        for line, _ in page([each.status() for each in runs], width, plain=_is_plain(stream)):
             print(line, file=stream)
-        return _code(found)
+    else:
+        _live(runs, stream)
+    errors = [each.error for each in runs if isinstance(each, _Watched) and each.error is not None]
+    for error in errors:
+        print(error.line(), file=sys.stderr)
+    return 2 if errors else 0
+
+
+def _live(runs: Sequence[Run | _Watched], stream: TextIO) -> None:
+    """Draw them again and again until there is nothing to wait for, or Ctrl-C."""
     screen = Screen(stream)
     try:
         while True:
-            found = _look(names, runs)
+            told = [each.status() for each in runs]
             columns, rows = shutil.get_terminal_size((80, 24))
-            screen.draw(page(found, columns, plain=plain), columns, rows)
-            if all(status.state in ("finished", "unreadable") for status in found):
-                return _code(found)
+            screen.draw(page(told, columns, plain=_is_plain(stream)), columns, rows)
+            if all(status.state in ("finished", "unreadable") for status in told):
+                return
             time.sleep(_EVERY_S)
     except KeyboardInterrupt:
-        return 0
+        return
 
 
-def _code(found: Sequence[Status]) -> int:
-    return 2 if any(status.state == "unreadable" for status in found) else 0
+def _is_plain(stream: TextIO) -> bool:
+    return "utf" not in (stream.encoding or "").lower()
 
 
 def _document(status: Status) -> dict[str, Any]:
-    return {key: value for key, value in asdict(status).items() if key != "curve"}
+    found = {key: value for key, value in asdict(status).items() if key != "curve"}
+    if status.state != "unreadable":
+        return found
+    return {key: value if key in ("run", "state", "told") else None for key, value in found.items()}
 
 
 def _held(folder: Path, host: str | None) -> bool | None:
@@ -263,11 +260,3 @@ def _held(folder: Path, host: str | None) -> bool | None:
         return any("FLOCK" in line and inode in line for line in Path("/proc/locks").read_text().splitlines())
     except OSError:
         return None
-
-
-def _number(value: Any) -> float | None:
-    """Those that are not finite are written as strings."""
-    try:
-        return None if value is None else float(value)
-    except (TypeError, ValueError):
-        return math.nan

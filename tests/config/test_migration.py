@@ -16,7 +16,10 @@ from torchtitan_lite.strict_json import flat
 EVERY = "activation_checkpoint.selective_ac_option"
 EXPERTS = "parallelism.expert_parallel_degree"
 CUT = "parallelism.expert_tensor_parallel_degree"
+LEFT = "quantize.linear.float8.filter_fqns"
+FQNS = "quantize.grouped_mm.float8.fqns"
 CONVERTED = {"model.converters": ["quantize.linear.float8"]}
+REFUSED = {"deepseek_v3_16b": 'model.name = "deepseek_v3"', "flux_schnell": 'model.name = "flux"'}
 DIALECT = sorted((Path(__file__).parent / "titan_dialect").glob("*.toml"))
 
 
@@ -49,10 +52,21 @@ def test_each_old_key_is_in_the_new_recipe_or_told(old: Path) -> None:
 @pytest.mark.parametrize("old", DIALECT, ids=lambda path: path.stem)
 def test_the_new_recipe_passes_its_check_or_the_reason_is_told(old: Path) -> None:
     found = check(migrate(old.read_text(encoding="utf-8"), str(old)).text)
-    if old.stem.startswith("deepseek"):
-        assert found["error"] == 'model.name = "deepseek_v3": there are llama3, qwen3'
+    reason = REFUSED.get(old.stem)
+    if reason is not None:
+        assert found["error"] == f"{reason}: there are llama3, qwen3"
     else:
         assert (found["ok"], found["error"]) == (True, None)
+
+
+def test_a_mixture_keeps_its_float8_and_hears_of_no_key_without_effect() -> None:
+    old = next(path for path in DIALECT if path.stem == "qwen3_30b_a3b")
+    moved = migrate(old.read_text(encoding="utf-8"), str(old))
+    new = _flat(moved.text)
+    assert new["model.converters"] == ["quantize.linear.float8", "quantize.grouped_mm.float8"]
+    assert new[FQNS] == ["experts"]
+    assert new[LEFT] == ["output"], "here no router is a linear layer that could be named"
+    assert not [warning for warning in check(moved.text)["warnings"] if "quantize" in warning]
 
 
 def test_what_stays_keeps_its_place_its_lines_and_its_comments() -> None:
@@ -96,6 +110,21 @@ def test_a_changed_key_has_its_reason_above_it_and_a_dropped_one_stays_as_a_comm
         ('model.tokenizer_path = "folder"', "", "dropped", {}, True),
         ('model.converters = ["mx", "quantize.linear.float8"]', "", "changed", CONVERTED, True),
         ('model.converters = ["quantize.linear.float8"]', "", "kept", None, False),
+        ('model.converters = ["quantize.linear.float8", "quantize.grouped_mm.float8"]', "", "kept", None, False),
+        ('quantize.grouped_mm.float8.fqns = ["experts"]', "", "kept", None, False),
+        (f'{FQNS} = "layers.1.moe, experts"', "", "changed", {FQNS: ["layers.1.feed_forward", "experts"]}, False),
+        (f'{LEFT} = ["output", "moe.router.gate"]', "", "changed", {LEFT: ["output"]}, False),
+        (f'{LEFT} = ["moe.shared_experts"]', "", "changed", {LEFT: ["feed_forward.shared"]}, False),
+        (f'{LEFT} = ["auto_filter_small_kn"]', "", "changed", {LEFT: ["auto_filter_small"]}, False),
+        (f'{LEFT} = ["output", "attention.wk"]', "", "kept", None, False),
+        ('quantize.linear.mx.filter_fqns = ["output"]', "", "dropped", {}, False),
+        (
+            'model.converters = ["quantize.linear.mx"]\nquantize.linear.mx.recipe_name = "mxfp8_cublas"',
+            "quantize.linear.mx.recipe_name",
+            "dropped",
+            {},
+            True,
+        ),
         ("validation.seq_len = 2048", "", "dropped", {}, False),
         ("validation.seq_len = 512", "", "dropped", {}, True),
         (f"{EXPERTS} = 2", "", "kept", None, False),
@@ -127,6 +156,8 @@ def test_what_becomes_of_a_key(text: str, key: str, action: str, to: dict[str, A
 
 def test_an_unknown_key_is_named_with_the_nearest_one() -> None:
     assert "did you mean training.steps?" in _told("[training]\nstpes = 1")["training.stpes"].told
+    assert _told("[validation]\nall_timesteps = false")["validation.all_timesteps"].told == "no key of TorchTitan 0.2.2"
+    assert _told("[encoder]\nclip = 'x'")["encoder.clip"].told == "no key of TorchTitan 0.2.2"
     assert "did you mean optimizer.lr?" in _told("[training]\nlr = 1")["training.lr"].told
 
 
@@ -165,6 +196,19 @@ def test_the_key_that_is_there_already_counts() -> None:
     assert _told(text)["training.seed"].told == "debug.seed is set too, and counts"
 
 
+def test_a_key_that_is_renamed_onto_one_that_is_there_is_left_out_with_a_warning() -> None:
+    each = _told("[training]\nseed = 1\n[debug]\nseed = 2\n")["training.seed"]
+    assert (each.action, each.to, each.warning) == ("dropped", {}, True)
+
+
+def test_what_a_value_becomes_does_not_write_over_the_key_that_is_there_already() -> None:
+    text = '[model]\nflavor = "8B_flex_attn"\n[data]\ndocument_mask = false\n'
+    assert _told(text)["model.flavor"].to == {"model.flavor": "8B"}
+    new = migrate(text, "old.toml").text
+    assert new.count("document_mask = ") == 1
+    assert _flat(new)["data.document_mask"] is False
+
+
 def test_an_inline_table_is_taken_apart_where_a_key_of_it_goes() -> None:
     new = _new("[quantize]\nlinear = { float8 = { emulate = true }, mx = { recipe_name = 'x' } }\n")
     assert new["quantize.linear.float8.emulate"] is True
@@ -172,9 +216,10 @@ def test_an_inline_table_is_taken_apart_where_a_key_of_it_goes() -> None:
 
 
 def test_sections_that_are_gone_leave_no_header() -> None:
-    moved = migrate("[fault_tolerance]\nenable = true\n[[encoder]]\nwidth = 1\n", "old.toml").text
+    moved = migrate("[fault_tolerance]\nenable = true\n[[encoder]]\nwidth = 1\n[encoder.inner]\n", "old.toml").text
     assert "# [fault_tolerance]" in moved.splitlines()
     assert "# [[encoder]]" in moved.splitlines()
+    assert "# [encoder.inner]" in moved.splitlines()
 
 
 def test_broken_toml_is_refused_with_its_line() -> None:

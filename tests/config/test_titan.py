@@ -1,9 +1,12 @@
 """The table of TorchTitan's keys is whole, and what it says of them can be said of our schema."""
 
+from typing import get_args, get_type_hints
+
 import pytest
 
 from torchtitan_lite.config.loading import refusal
 from torchtitan_lite.config.migration import OURS, entry_of
+from torchtitan_lite.config.schema import Model
 from torchtitan_lite.config.titan import ADDED, DEFAULTS, OF_MODELS, TITAN, Changed, Dropped, Kept, Renamed
 
 # Every key of torchtitan/config/job_config.py of 0.2.2.
@@ -107,6 +110,17 @@ def test_every_key_of_torchtitan_is_in_the_table_and_no_other() -> None:
 def test_a_key_of_both_is_never_left_out_by_its_name() -> None:
     for key in set(TITAN) & OURS:
         assert isinstance(entry_of(key), (Kept, Changed)), key
+
+
+def test_no_key_that_the_schema_has_is_said_to_be_left_out() -> None:
+    assert not [key for key in set(TITAN) & OURS if isinstance(TITAN[key], Dropped)]
+
+
+def test_every_converter_that_the_schema_has_is_kept() -> None:
+    converters = TITAN["model.converters"]
+    assert isinstance(converters, Changed)
+    for each in get_args(get_args(get_type_hints(Model)["converters"])[0]):
+        assert not converters.when([each], {}), each
 
 
 def test_a_key_that_the_schema_lacks_is_left_out_or_renamed() -> None:

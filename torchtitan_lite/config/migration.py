@@ -167,8 +167,10 @@ def _unknown(key: str, value: Any, old: Old) -> Told:
         return _renamed(key, value, to, old)
     if key in OURS and refusal(key, value) is None:
         return Told(key, "kept", value, {key: value}, "no key of TorchTitan 0.2.2, and one here")
-    alike = [other for other in TITAN if other.rpartition(".")[2] == key.rpartition(".")[2]]
-    hint = nearest(key, alike, cutoff=0.0) or nearest(key, list(TITAN), cutoff=0.5)
+    section, _, name = key.rpartition(".")
+    alike = [other for other in TITAN if other.rpartition(".")[2] == name]
+    beside = [other.rpartition(".")[2] for other in TITAN if other.rpartition(".")[0] == section]
+    hint = nearest(key, alike, cutoff=0.0) or nearest(name, beside, before=f"{section}.")
     return Told(key, "unknown", value, {}, f"no key of TorchTitan 0.2.2{hint}", warning=True)
 
 

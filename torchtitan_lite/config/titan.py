@@ -62,6 +62,7 @@ Entry = Kept | Renamed | Changed | Dropped
 _OUTPUTS = ("./outputs", "outputs", "./torchtitan/outputs")
 _CONVERTERS = ("quantize.linear.float8", "quantize.grouped_mm.float8")
 _STATES = ("optimizer", "dataloader", "train_state")
+_PARTS = {"moe": "feed_forward", "shared_experts": "shared"}
 # Flavors that differ by the kernel of attention, and mask documents.
 _MASKED = ("_flex_attn", "_varlen_attn", "_flex", "_varlen")
 
@@ -111,9 +112,30 @@ def _names_routers(value: Any, old: Old) -> bool:
     return isinstance(value, list) and any("router" in str(name) for name in value)
 
 
-def _small_left_out(value: Any, old: Old) -> dict[str, Any]:
-    renamed = {"auto_filter_small_kn": "auto_filter_small"}
-    return {"quantize.linear.float8.filter_fqns": [renamed.get(name, name) for name in value]}
+def _module_here(name: str) -> str:
+    if name == "auto_filter_small_kn":
+        return "auto_filter_small"
+    return ".".join(_PARTS.get(part, part) for part in name.split("."))
+
+
+def _modules(key: str) -> Callable[[Any, Old], dict[str, Any]]:
+    """Names of modules there as they are here: a list, where a string has them too, without the routers."""
+
+    def here(value: Any, old: Old) -> dict[str, Any]:
+        names = value.split(",") if isinstance(value, str) else value
+        stripped = [name.strip() for name in names if isinstance(name, str)]
+        return {key: [_module_here(name) for name in stripped if name and "router" not in name]}
+
+    return here
+
+
+def _names_modules_otherwise(key: str) -> Test:
+    here = _modules(key)
+    return lambda value, old: isinstance(value, (str, list)) and here(value, old) != {key: value}
+
+
+def _is_left_alone(converter: str) -> Test:
+    return lambda value, old: converter not in old.get("model.converters", ())
 
 
 def _accumulates_under_a_pipeline(value: Any, old: Old) -> bool:
@@ -122,12 +144,14 @@ def _accumulates_under_a_pipeline(value: Any, old: Old) -> bool:
 
 
 _DEGREE_OF_EXPERTS = "parallelism.expert_parallel_degree"
+_NOT_IN_FLOAT8 = "quantize.linear.float8.filter_fqns"
+_EXPERTS_IN_FLOAT8 = "quantize.grouped_mm.float8.fqns"
 _NO_HUGGING_FACE = "weights in Hugging Face's format are not read or written yet"
 _MAPPED = "samples come from shards mapped into memory, without worker processes"
 _HELD_OUT = "validation is on documents held out of the corpus; data.validation_fraction says how many"
 _OWN_KEYS = "a recipe holds no keys of your own; a model from outside has its sizes as flavors of model.spec"
-_NO_MX = 'there is no MXFP8; of model.converters there are "quantize.linear.float8" and "quantize.grouped_mm.float8"'
-_NO_GROUPED = 'there is no MXFP8; products of experts are in float8 with "quantize.grouped_mm.float8"'
+_NO_MX = 'there is no MXFP8 for linear layers; "quantize.linear.float8" in model.converters multiplies in float8'
+_NO_GROUPED_MX = 'there is no MXFP8 for experts; "quantize.grouped_mm.float8" in model.converters multiplies in float8'
 _TORCHFT = "a key of TorchFT, see fault_tolerance.enable"
 
 # The same names with the same meaning, by section. Those not in the schema are not built yet.
@@ -150,7 +174,6 @@ _KEPT = {
     "compile": "enable components backend",
     "quantize.linear.float8": "enable_fsdp_float8_all_gather precompute_float8_dynamic_scale_for_fsdp recipe_name "
     "emulate",
-    "quantize.grouped_mm.float8": "fqns",
     "comm": "init_timeout_seconds train_timeout_seconds trace_buf_size save_traces_folder",
     "validation": "enable local_batch_size",
     "debug": "seed deterministic moe_force_load_balance",
@@ -290,16 +313,25 @@ _OTHERS: dict[str, Entry] = {
     "activation_checkpoint.preserve_rng_state": Dropped("a block draws no random numbers", always),
     "activation_checkpoint.determinism_check": Dropped("torch's default check is made", equals("default")),
     "activation_checkpoint.debug": Dropped("recomputation is not traced", equals(False)),
-    "quantize.linear.float8.filter_fqns": Changed(
-        '"auto_filter_small_kn" is called "auto_filter_small" here',
-        when=lambda value, old: isinstance(value, list) and "auto_filter_small_kn" in value,
-        to=_small_left_out,
+    _NOT_IN_FLOAT8: Changed(
+        '"auto_filter_small_kn" is "auto_filter_small" here, "moe" "feed_forward" and "shared_experts" "shared"; '
+        "routers are left out, they never compute in float8",
+        when=_names_modules_otherwise(_NOT_IN_FLOAT8),
+        to=_modules(_NOT_IN_FLOAT8),
     ),
-    "quantize.linear.mx.mxfp8_dim1_cast_kernel_choice": Dropped(_NO_MX),
-    "quantize.linear.mx.recipe_name": Dropped(_NO_MX),
-    "quantize.linear.mx.filter_fqns": Dropped(_NO_MX),
-    "quantize.grouped_mm.mx.recipe_name": Dropped(_NO_GROUPED),
-    "quantize.grouped_mm.mx.fqns": Dropped(_NO_GROUPED, equals([], "")),
+    **{
+        f"quantize.linear.mx.{key}": Dropped(_NO_MX, _is_left_alone("quantize.linear.mx"))
+        for key in ("mxfp8_dim1_cast_kernel_choice", "recipe_name", "filter_fqns")
+    },
+    _EXPERTS_IN_FLOAT8: Changed(
+        'a list here, and "moe" is "feed_forward"',
+        when=_names_modules_otherwise(_EXPERTS_IN_FLOAT8),
+        to=_modules(_EXPERTS_IN_FLOAT8),
+    ),
+    **{
+        f"quantize.grouped_mm.mx.{key}": Dropped(_NO_GROUPED_MX, _is_left_alone("quantize.grouped_mm.mx"))
+        for key in ("recipe_name", "fqns")
+    },
     "comm.save_traces_file_prefix": Dropped("files in comm.save_traces_folder are named by rank", always),
     "comm.mode": Dropped(
         "`torchtitan-lite config show --world-size N` tries a recipe for N ranks without starting one",

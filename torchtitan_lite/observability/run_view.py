@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.fields import NUMBER, SECONDS, TEXT, WHOLE, Kind, fields
 from torchtitan_lite.observability.sinks import parsed
 
 RECENT = 50  # records that times are taken from: the first steps of a long run say nothing of its next ones
@@ -23,6 +24,17 @@ _TROUBLES = {
 }
 # Those that end an attempt without its being asked to.
 FAILURES = ("stall", "stopped by faults", "silent corruption")
+
+_OF_A_LINE = {"step": WHOLE, "loss": NUMBER, "step_time_s": SECONDS}
+_ALSO_OF_A_LINE = {"attempt": WHOLE} | dict.fromkeys(("grad_norm", "lr", "tps", "mfu", "memory_peak_gib"), NUMBER)
+_OF_EVENTS = {"event": TEXT, "time": SECONDS, "step": WHOLE}
+# By the name of the event: what it must have besides, and what it may have.
+_OF_EVENT: dict[str, tuple[dict[str, Kind], dict[str, Kind]]] = {
+    "start": ({}, {"attempt": WHOLE, "world_size": WHOLE, "mesh": TEXT, "host": TEXT}),
+    "world-size change": ({"before": WHOLE, "now": WHOLE}, {}),
+    "validation": ({"loss": NUMBER}, {}),
+    "skipped step": ({}, {"why": TEXT}),
+}
 
 
 class Tail:
@@ -42,8 +54,8 @@ class Tail:
             return True
         return found.st_ino != self._inode or found.st_size < self._offset
 
-    def read(self) -> list[dict[str, Any]]:
-        """The records whose lines have been completed since the last call. Raises UserError."""
+    def read(self) -> list[tuple[str, dict[str, Any]]]:
+        """(file and line, record) of the lines that have been completed since the last call. Raises UserError."""
         try:
             with self.path.open("rb") as file:
                 file.seek(self._offset)
@@ -59,7 +71,7 @@ class Tail:
         records = []
         for line in whole.split(b"\n"):
             self._lines += 1
-            records.append(parsed(line, self.path, self._lines))
+            records.append((f"{self.path}, line {self._lines}", parsed(line, self.path, self._lines)))
         return records
 
 
@@ -67,10 +79,10 @@ class Tail:
 class RunView:
     """What the lines say.
 
-    newest: the last record of metrics.jsonl, {} before the first. curve: (step, loss) of the records that count.
-    times: step_time_s of recent records. between: steps between the last two records. start: the last event of that
-    name. checkpoints: the events of saves. skipped: the events of skipped steps. sizes: (step, ranks before, ranks
-    now). troubles: (time, text). validation: the last event of that name. ended: the event that ended the newest
+    newest: what is known of the last record of metrics.jsonl, {} before the first. curve: (step, loss) of the records
+    that count. times: step_time_s of recent records. between: steps between the last two records. start: the last event
+    of that name. checkpoints: the events of saves. skipped: the events of skipped steps. sizes: (step, ranks before,
+    ranks now). troubles: (time, text). validation: the last event of that name. ended: the event that ended the newest
     attempt, None while nothing did.
     """
 
@@ -90,50 +102,40 @@ class RunView:
     @property
     def step(self) -> int:
         """The last one that was logged or gone back to."""
-        return self.curve[-1][0] if self.curve else int(self.start["step"]) if self.start else 0
+        return self.curve[-1][0] if self.curve else self.start["step"] if self.start else 0
 
     def step_time_s(self) -> float | None:
         """The middle one of recent step times; None before the first."""
         return median(self.times) if self.times else None
 
-    def take_metrics(self, record: Mapping[str, Any], path: Path) -> None:
-        """Raises UserError for a record that lacks what the view rests on."""
-        try:
-            # Numbers that are not finite are written as strings.
-            step, loss, took = int(record["step"]), float(record["loss"]), float(record["step_time_s"])
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"{path}: a line without a step, loss or step_time_s that is a number: {dict(record)}; it is not of "
-                "this version"
-            ) from None
+    def take_metrics(self, record: Mapping[str, Any], source: str) -> None:
+        """Raises UserError for a record without what the view rests on. source: the file and the line."""
+        known = fields(record, source, _OF_A_LINE, _ALSO_OF_A_LINE)
+        step, loss, took = known["step"], known["loss"], known["step_time_s"]
         # After a resume steps come again: earlier lines of theirs, and of later steps, are superseded.
         while self.curve and self.curve[-1][0] >= step:
             self.curve.pop()
         if self.curve:
             self.between = step - self.curve[-1][0]
-        if record.get("attempt") != self.newest.get("attempt"):
+        if known["attempt"] != self.newest.get("attempt"):
             self.times.clear()  # other ranks, another speed
         self.curve.append((step, loss))
         self.times.append(took)
-        self.newest = dict(record)
+        self.newest = known
 
-    def take_event(self, event: Mapping[str, Any], path: Path) -> None:
-        """Raises UserError for one without a name, time or step."""
-        try:
-            name, at, step = str(event["event"]), float(event["time"]), int(event["step"])
-            if name == "world-size change":
-                self.sizes.append((step, int(event["before"]), int(event["now"])))
-        except (KeyError, TypeError, ValueError, OverflowError):
-            raise UserError(
-                f"{path}: a line without an event, time or step, or what it tells: {dict(event)}; not of this version"
-            ) from None
-        known = dict(event)
+    def take_event(self, event: Mapping[str, Any], source: str) -> None:
+        """Raises UserError for one without what the view rests on. source: the file and the line."""
+        known = fields(event, source, _OF_EVENTS)
+        name, at, step = known["event"], known["time"], known["step"]
+        known |= fields(event, source, *_OF_EVENT.get(name, ({}, {})))
         if name == "start":
             self.start, self.ended, self.attempts = known, None, self.attempts + 1
         elif name == "validation":
             self.validation = known
         elif name == "skipped step":
             self.skipped.append(known)
+        elif name == "world-size change":
+            self.sizes.append((step, known["before"], known["now"]))
         elif name == "checkpoint":
             self.saves += 1
         if name in ("end", "preemption", *FAILURES):
@@ -157,10 +159,10 @@ class RunReader:
         """The view as the files are now. Raises UserError where one cannot be read."""
         if self._metrics.replaced() or self._events.replaced():
             self._begin()
-        for event in self._events.read():
-            self.view.take_event(event, self._events.path)
-        for record in self._metrics.read():
-            self.view.take_metrics(record, self._metrics.path)
+        for source, event in self._events.read():
+            self.view.take_event(event, source)
+        for source, record in self._metrics.read():
+            self.view.take_metrics(record, source)
         return self.view
 
     @property
