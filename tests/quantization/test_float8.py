@@ -275,4 +275,4 @@ def test_two_hundred_steps_end_near_those_in_float32(pool: RankPool, recipe: Pat
     expected = end("float32", "--model.converters=[]")
     for name in RECIPES:
         found = end(name, f"--quantize.linear.float8.recipe_name={name}")
-        assert abs(found - expected) < 0.02 * expected, (name, found, expected)
+        assert abs(found - expected) < 0.01 * expected, (name, found, expected)
