@@ -25,8 +25,23 @@ def _whole(value: Any) -> int:
     return value
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
+def _count(value: Any) -> int:
+    if (whole := _whole(value)) < 1:
+        raise ValueError
+    return whole
+
+
+def _of_type(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise TypeError
+        return value
+
+    return read
+
+
+def _texts(value: Any) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
         raise TypeError
     return value
 
@@ -40,7 +55,11 @@ def _seconds(value: Any) -> float:
 WHOLE = Kind("a whole number", _whole)
 NUMBER = Kind("a number", float)  # those that are not finite are written as strings
 SECONDS = Kind("seconds", _seconds)
-TEXT = Kind("a string", _text)
+COUNT = Kind("a whole number of at least 1", _count)
+TEXT = Kind("a string", _of_type(str))
+TEXTS = Kind("a list of strings", _texts)
+FLAG = Kind("true or false", _of_type(bool))
+TABLE = Kind("an object", _of_type(dict))
 
 
 def fields(

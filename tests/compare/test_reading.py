@@ -42,18 +42,18 @@ def _compared(*sources: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda record: record["config"].pop("debug"), r"debug\.seed is missing"),
-        (lambda record: record["config"].pop("model"), r"model\.name is missing"),
-        (lambda record: record["config"]["training"].pop("steps"), r"training\.steps is missing"),
-        (lambda record: record["config"]["training"].update(steps="80"), r'training\.steps is "80" and no int'),
-        (lambda record: record["config"]["training"].update(steps=True), r"training\.steps is true and no int"),
-        (lambda record: record["config"]["training"].update(seq_len=0), r"training\.seq_len is 0, and at least 1"),
-        (lambda record: record["config"].update(metrics="none"), r'\[metrics\] is no section but "none"'),
-        (lambda record: record.update(identity=None), "identity is missing"),
-        (lambda record: record.update(identity=["data"]), r'identity is \["data"\] and no table'),
-        (lambda record: record.update(versions=None), "versions is missing"),
-        (lambda record: record.update(filled=[["a"]]), "filled is .* no list of keys"),
-        (lambda record: record.update(world_size=0), "world_size is 0"),
+        (lambda record: record["config"].pop("debug"), r"config\.debug\.seed: .*got nothing"),
+        (lambda record: record["config"].pop("model"), r"config\.model\.name: .*got nothing"),
+        (lambda record: record["config"]["training"].pop("steps"), r"training\.steps: .*got nothing"),
+        (lambda record: record["config"]["training"].update(steps="80"), r'training\.steps: .*, got "80"'),
+        (lambda record: record["config"]["training"].update(steps=True), r"training\.steps: .*, got true"),
+        (lambda record: record["config"]["training"].update(seq_len=0), r"training\.seq_len: .* at least 1, got 0"),
+        (lambda record: record["config"].update(metrics="none"), r'config\.metrics: expected an object, got "none"'),
+        (lambda record: record.update(identity=None), "identity: .*got null"),
+        (lambda record: record.update(identity=["data"]), r'identity: expected an object, got \["data"\]'),
+        (lambda record: record.update(versions=None), "versions: .*got null"),
+        (lambda record: record.update(filled=[["a"]]), "filled: expected a list of strings"),
+        (lambda record: record.update(world_size=0), "world_size: .* at least 1, got 0"),
         (lambda record: record.update(world_size=float("inf")), "not a config.json of ours"),
     ],
 )
@@ -80,6 +80,15 @@ def test_a_line_that_is_spoilt_is_named(tmp_path: Path, values: dict[str, Any], 
     _line(folder, **values)
     with pytest.raises(UserError, match=rf"metrics\.jsonl, line 10: {told}"):
         read_run(folder)
+
+
+def test_an_mfu_is_that_of_the_steps_whose_times_count(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[:12]]
+    rates = [0.1, None, *[0.4, 0.5] * 5]  # the first step has caches to fill
+    told = [json.dumps({**line, "mfu": rate}) for line, rate in zip(lines, rates, strict=True)]
+    (folder / "metrics.jsonl").write_text("".join(f"{line}\n" for line in told))
+    assert read_run(folder).mfu() == pytest.approx(0.45)
 
 
 def test_losses_and_norms_may_be_no_numbers(tmp_path: Path) -> None:

@@ -8,23 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_lite.errors import UserError
+from torchtitan_lite.fields import COUNT, FLAG, TABLE, TEXT, TEXTS, WHOLE, fields
 
 MARK = "compare.json"  # in the folders of runs that a comparison has started
 
 # Of config.json, what is computed with.
-_KEYS: dict[str, type] = {
-    "training.steps": int,
-    "training.global_batch_size": int,
-    "training.seq_len": int,
-    "training.mixed_precision_param": str,
-    "debug.seed": int,
-    "debug.deterministic": bool,
-    "model.name": str,
-    "model.flavor": str,
-    "model.converters": list,
-    "compile.enable": bool,
-    "optimizer.state_dtype": str,
-    "checkpoint.enable": bool,
+_OF_CONFIG = {
+    "config.training.steps": COUNT,
+    "config.training.global_batch_size": COUNT,
+    "config.training.seq_len": COUNT,
+    "config.training.mixed_precision_param": TEXT,
+    "config.debug.seed": WHOLE,
+    "config.debug.deterministic": FLAG,
+    "config.model.name": TEXT,
+    "config.model.flavor": TEXT,
+    "config.model.converters": TEXTS,
+    "config.compile.enable": FLAG,
+    "config.optimizer.state_dtype": TEXT,
+    "config.checkpoint.enable": FLAG,
+    "world_size": COUNT,
+    "identity": TABLE,
+    "versions": TABLE,
 }
 # Of a line of metrics.jsonl: the least that a number may be. None: anything, losses being what they are.
 _LEAST: dict[str, float | None] = {
@@ -43,24 +47,8 @@ CURVES = tuple(_LEAST)
 
 def require_config(record: Mapping[str, Any], path: Path) -> None:
     """record: all of config.json. Raises UserError, which names what is wrong with it."""
-    config = record["config"]
-    for section, values in config.items():
-        if not isinstance(values, Mapping):
-            raise UserError(f"{path}: [{section}] is no section but {_shown(values)}; it is not of this version")
-    for key, kind in _KEYS.items():
-        section, name = key.split(".")
-        value = config.get(section, {}).get(name)
-        if type(value) is not kind:
-            raise UserError(f"{path}: {key} is {_shown(value)} and no {kind.__name__}; it is not of this version")
-        if section == "training" and isinstance(value, int) and value < 1:
-            raise UserError(f"{path}: {key} is {value}, and at least 1 in any run; mend it")
-    for name in ("identity", "versions"):
-        if not isinstance(record.get(name), Mapping):
-            raise UserError(f"{path}: {name} is {_shown(record.get(name))} and no table; it is not of this version")
-    if not all(isinstance(each, str) for each in record.get("filled", ())):
-        raise UserError(f"{path}: filled is {_shown(record['filled'])} and no list of keys; it is not of this version")
-    if int(record["world_size"]) < 1:
-        raise UserError(f"{path}: world_size is {record['world_size']}, and at least 1 in any run; mend it")
+    sections = {f"config.{section}": TABLE for section in record["config"]}
+    fields(record, str(path), sections | _OF_CONFIG, {"filled": TEXTS})
 
 
 def chain_of(record: Mapping[str, Any]) -> list[str]:

@@ -94,7 +94,8 @@ class Run:
 
     def mfu(self) -> float | None:
         """None where the peak of the device is not known."""
-        known = [value for value in self.rates if value is not None]
+        warm = [value for value, warm in zip(self.rates, self.warm, strict=True) if warm] or self.rates
+        known = [value for value in warm if value is not None]
         return median(known) if known else None
 
     def final_loss(self) -> float:
