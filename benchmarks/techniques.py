@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -46,10 +47,10 @@ def run(overrides: tuple[str, ...], scratch: Path) -> dict[str, float]:
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
-            if f"step 1/{STEPS}  loss" in line:
+            if re.search(r"step +1/", line) and not first_step_s:
                 first_step_s = time.perf_counter() - started
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode}")
+    if process.returncode or not first_step_s:
+        raise RuntimeError(f"{' '.join(command)}: ended with code {process.returncode}, or told of no first step")
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {
         "step_s": statistics.median(line["step_time_s"] for line in lines[SKIPPED:]),
