@@ -293,10 +293,20 @@ def test_the_live_view_of_several_waits_for_none_that_cannot_be_read(
     assert capsys.readouterr().err.startswith("error: nowhere: no such folder")
 
 
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300])
+def test_a_name_that_can_be_no_folder_is_told_among_the_others(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", name, "run"]) == 2
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:3]] == ["unreadable", "running"]
+    assert main(["status", name]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_one_that_is_mended_while_it_is_watched_is_read_from_its_beginning(folder: Path) -> None:
     whole = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(whole.replace('{"step": 3,', '{"stop": 3,'))
-    watched = status._Watched("run")
+    watched = status._Watched("run", alone=False)
     assert [watched.status().state for _ in range(2)] == ["unreadable"] * 2
     (folder / "metrics.jsonl").write_text(whole)
     os.utime(folder / "metrics.jsonl", (NOW, NOW))

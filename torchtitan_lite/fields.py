@@ -46,14 +46,20 @@ def _texts(value: Any) -> list[str]:
     return value
 
 
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError
+    return float(value)
+
+
 def _seconds(value: Any) -> float:
-    if not 0.0 <= (seconds := float(value)) < _MOST_SECONDS:  # nor is NaN
+    if not 0.0 <= (seconds := _number(value)) < _MOST_SECONDS:  # nor is NaN
         raise ValueError
     return seconds
 
 
 WHOLE = Kind("a whole number", _whole)
-NUMBER = Kind("a number", float)  # those that are not finite are written as strings
+NUMBER = Kind("a number", _number)  # those that are not finite are written as strings
 SECONDS = Kind("seconds", _seconds)
 COUNT = Kind("a whole number of at least 1", _count)
 TEXT = Kind("a string", _of_type(str))
@@ -63,28 +69,49 @@ TABLE = Kind("an object", _of_type(dict))
 
 
 def fields(
-    record: Any, source: str, needed: Mapping[str, Kind], known: Mapping[str, Kind] | None = None
+    record: Any,
+    source: str,
+    needed: Mapping[str, Kind],
+    known: Mapping[str, Kind] | None = None,
+    mend: str = "mend or remove it",
 ) -> dict[str, Any]:
     """The values of `needed`, and of `known` with None for those that are missing or null, by their dotted names.
 
-    source: the file, or its line. Raises UserError where one is not of its kind.
+    source: the file, or its line. mend: what is to be done with it where one is not of its kind, told by the UserError
+    that is raised then.
     """
+    try:
+        return _fields(record, needed, known or {})
+    except _Refused as refused:
+        raise UserError(f"{source}: {refused}; it is damaged, or of another version: {mend}") from None
+
+
+class _Refused(Exception):
+    """What a value was to be, and what it is."""
+
+    def __init__(self, name: str, expected: str, value: Any) -> None:
+        shown = "nothing" if value is _MISSING else json.dumps(value, ensure_ascii=False)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        super().__init__(f"{name}: expected {expected}, got {shown}" if name else f"expected {expected}, got {shown}")
+
+
+def _fields(record: Any, needed: Mapping[str, Kind], known: Mapping[str, Kind]) -> dict[str, Any]:
     if not isinstance(record, dict):
-        raise _refused(source, "", "an object", record)
+        raise _Refused("", "an object", record)
     found: dict[str, Any] = {}
-    for name, kind in {**needed, **(known or {})}.items():
-        value = _at(record, name, source)
+    for name, kind in {**needed, **known}.items():
+        value = _at(record, name)
         if value in (None, _MISSING) and name not in needed:
             found[name] = None
             continue
         try:
             found[name] = kind.read(value)
         except (ValueError, TypeError, OverflowError):
-            raise _refused(source, name, kind.told, value) from None
+            raise _Refused(name, kind.told, value) from None
     return found
 
 
-def _at(record: dict[str, Any], name: str, source: str) -> Any:
+def _at(record: dict[str, Any], name: str) -> Any:
     """_MISSING where it, or a section on the way to it, is missing."""
     inner, passed = record, ""
     *sections, last = name.split(".")
@@ -93,12 +120,5 @@ def _at(record: dict[str, Any], name: str, source: str) -> Any:
             return _MISSING
         passed = f"{passed}.{section}".lstrip(".")
         if not isinstance(inner := inner[section], dict):
-            raise _refused(source, passed, "an object", inner)
+            raise _Refused(passed, "an object", inner)
     return inner.get(last, _MISSING)
-
-
-def _refused(source: str, name: str, expected: str, value: Any) -> UserError:
-    shown = "nothing" if value is _MISSING else json.dumps(value)
-    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    at = f"{name}: " if name else ""
-    return UserError(f"{source}: {at}expected {expected}, got {shown}; it is damaged, or of another version")

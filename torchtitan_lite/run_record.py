@@ -18,6 +18,7 @@ from torchtitan_lite.preflight import JobPlan
 from torchtitan_lite.strict_json import strict_dumps
 
 STOPPED = "stopped.json"
+_STOPPED_MEND = "remove it, the step that is saved stays"
 _RECORDED = ("torch", "numpy", "sentencepiece", "safetensors")
 
 
@@ -69,9 +70,9 @@ def read_stopped(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        told = "cannot be read, or is not JSON; remove it, the step that is saved stays"
-        raise UserError(f"{folder / STOPPED}: {told}") from None
-    return fields(record, str(folder / STOPPED), {"signal": TEXT}, {"step": WHOLE, "saved": WHOLE})
+        raise UserError(f"{folder / STOPPED}: cannot be read, or is not JSON; {_STOPPED_MEND}") from None
+    needed, known = {"signal": TEXT, "step": WHOLE}, {"saved": WHOLE}
+    return fields(record, str(folder / STOPPED), needed, known, _STOPPED_MEND)
 
 
 def clear_stopped(folder: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from torchtitan_lite.checkpoint.storage import MANIFEST, published_steps, step_folder
+from torchtitan_lite.config.loading import user_path
 from torchtitan_lite.errors import UserError
 from torchtitan_lite.fields import TEXT, WHOLE, fields
 from torchtitan_lite.observability.run_view import FAILURES, RunReader, RunView
@@ -83,7 +84,7 @@ class Run:
 
     def __init__(self, name: str) -> None:
         """Raises UserError where there is no folder, or one that is no run's."""
-        self.name, self.folder = name, Path(name).expanduser()
+        self.name, self.folder = name, user_path(name, "RUN")
         if not self.folder.is_dir():
             kind = "is no folder" if self.folder.exists() else "no such folder"
             raise UserError(f"{name}: {kind}; name the run folder (job.dump_folder), as in outputs/llama3_debug")
@@ -162,7 +163,10 @@ class Run:
             steps = published_steps(folder)
             if steps:
                 newest = step_folder(folder, steps[-1])
-                at = (newest / MANIFEST if (newest / MANIFEST).exists() else newest).stat().st_mtime
+                try:
+                    at = (newest / MANIFEST if (newest / MANIFEST).exists() else newest).stat().st_mtime
+                except FileNotFoundError:  # superseded since it was listed; the next look finds another
+                    return self._saved[1:]
             self._saved = (known, steps[-1] if steps else None, at)
         return self._saved[1:]
 
@@ -188,27 +192,33 @@ class Run:
 
 
 class _Watched:
-    """One of several runs: one that cannot be read must not hide the others, and may be read later."""
+    """A run that may not be there. One of several must not hide the others, and may be read later."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, *, alone: bool) -> None:
+        self._name, self._alone = name, alone
         self._run: Run | None = None
         self.error: UserError | None = None
 
     def status(self) -> Status:
+        """Raises UserError where there is no other to be shown."""
         try:
             self._run, self.error = self._run or Run(self._name), None
             return self._run.status()
         except UserError as error:
-            self._run, self.error = None, error  # its reader has passed over what it could not take
-            return Status(self._name, "unreadable", str(error).removeprefix(f"{self._name}: "))
+            self.error = error
+        except OSError as error:  # what is not ours to read, or gone since it was listed
+            self.error = UserError(f"{self._name}: {error.strerror or error}; make it readable, or leave it out")
+        if self._alone:
+            raise self.error
+        self._run = None  # its reader has passed over what it could not take
+        return Status(self._name, "unreadable", str(self.error).removeprefix(f"{self._name}: "))
 
 
 def run(names: Sequence[str], *, as_json: bool, once: bool, stream: TextIO | None = None) -> int:
-    """Show runs; return the exit code: 0, also for one that was left with Ctrl-C; 2 where one of several cannot be
-    read, with a line of it on stderr. Raises UserError where the only one cannot."""
+    """Show runs, live ones until Ctrl-C or until there is nothing to wait for; return the exit code: 0, or 2 where one
+    of several cannot be read, with a line of it on stderr. Raises UserError where the only one cannot."""
     stream = stream or sys.stdout
-    runs: Sequence[Run | _Watched] = [Run(names[0])] if len(names) == 1 else [_Watched(name) for name in names]
+    runs = [_Watched(name, alone=len(names) == 1) for name in names]
     if as_json:
         told = [_document(each.status()) for each in runs]
         print(strict_dumps(told[0] if len(told) == 1 else told, indent=1), file=stream)
@@ -218,13 +228,13 @@ def run(names: Sequence[str], *, as_json: bool, once: bool, stream: TextIO | Non
             print(line, file=stream)
     else:
         _live(runs, stream)
-    errors = [each.error for each in runs if isinstance(each, _Watched) and each.error is not None]
+    errors = [each.error for each in runs if each.error is not None]
     for error in errors:
         print(error.line(), file=sys.stderr)
     return 2 if errors else 0
 
 
-def _live(runs: Sequence[Run | _Watched], stream: TextIO) -> None:
+def _live(runs: Sequence[_Watched], stream: TextIO) -> None:
     """Draw them again and again until there is nothing to wait for, or Ctrl-C."""
     screen = Screen(stream)
     try:

@@ -6,10 +6,13 @@ import random
 from pathlib import Path
 from typing import Any
 
+from torchtitan_lite.compare.document import document
+from torchtitan_lite.compare.sides import Source, gather
 from torchtitan_lite.preflight import plan_job
 from torchtitan_lite.recipe_diff import of_plan
 from torchtitan_lite.strict_json import strict_dumps
 
+FULL = "--activation_checkpoint.mode=full"
 RECIPE = "train_configs/llama3_debug.toml"
 _FLOPS_PER_TOKEN = 3e7
 
@@ -74,3 +77,18 @@ def _line(step: int, loss: float, time: float, tokens: int, ranks: int, memory_g
         "memory_peak_gib": memory_gib,
         "attempt": 1,
     }
+
+
+def write_side(folder: Path, *overrides: str, repeats: int = 5, **made: Any) -> str:
+    for repeat in range(repeats):
+        write_run(folder / f"repeat-{repeat}", *overrides, seed=42 + repeat, **made)
+    return str(folder)
+
+
+def compared(*sources: str, **asked: Any) -> dict[str, Any]:
+    sides, failed = gather([Source(source) for source in sources], 2, None)
+    return document(sides, failed, [], [], {"steps": None, "repeats": None, "target_loss": None, **asked})
+
+
+def pair_of(*sources: str) -> dict[str, Any]:
+    return dict(compared(*sources)["pairs"][0])

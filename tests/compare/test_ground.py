@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from tests.compare.folders import write_run
-from tests.compare.test_verdicts import FULL, pair_of, write_side
+from tests.compare.folders import FULL, pair_of, write_run, write_side
 from torchtitan_lite.compare.comparable import Ground, ground
 from torchtitan_lite.compare.courses import ends, reached, spent
+from torchtitan_lite.compare.document import _pair
 from torchtitan_lite.compare.runs import Run, read_run
+from torchtitan_lite.compare.sides import Source, gather
 from torchtitan_lite.compare.verdicts import loss_verdict, speed_verdict
 from torchtitan_lite.recipe_diff import parted
 
@@ -163,6 +164,8 @@ def test_the_end_is_where_all_have_come_to(tmp_path: Path) -> None:
     seldom = replace(b, curve={name: values[9::10] for name, values in b.curve.items()})
     at = [pytest.approx(sum(a.curve["loss"][19:60:10]) / 5)]
     assert ends([seldom], [short], "steps") == (60, at, at)
+    late = replace(b, curve={name: values[99::100] for name, values in b.curve.items()})
+    assert ends([seldom], [late], "steps") == (100, [a.curve["loss"][99]], [a.curve["loss"][99]])
     # On the line between two logged values, where another run has logged.
     odd = replace(a, curve={name: values[2::3] for name, values in a.curve.items()})
     straight = [replace(run, curve={**run.curve, "loss": run.curve["step"]}) for run in (seldom, odd)]
@@ -213,9 +216,17 @@ def test_other_ranks_alone_add_in_another_order(tmp_path: Path) -> None:
 
 def test_runs_of_one_recipe_that_have_no_seed_in_common_are_said_to(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "a"))
-    loss = loss_verdict([_made(run, 1)], [_made(run, 2)], ground(run, run, {}, {}))
+    loss = loss_verdict([_made(run, 1)], [_made(run, 2)], ground(run, run, {"debug": {"seed": (1, 2)}}, {}))
     assert (loss.verdict, loss.envelope) == ("no difference shown", None)
-    assert "they have no seed in common" in loss.told
+    assert "their seeds differ" in loss.told
+
+
+def test_sides_of_one_recipe_whose_runs_have_other_seeds_do_not_begin_alike(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))]
+    a, b = gather([Source(str(folder)) for folder in folders], 2, None)[0]
+    pair = _pair(a, replace(b, described=a.described), None)
+    assert pair["config_diff"] == {"debug": {"seed": (1, 2)}}
+    assert pair["comparable"]["weights"] is False
 
 
 def test_a_loss_that_is_no_number_where_the_other_is_one_is_different(tmp_path: Path) -> None:

@@ -3,31 +3,12 @@
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.compare.folders import write_run
-from torchtitan_lite.compare.document import document
+from tests.compare.folders import FULL, compared, pair_of, write_run, write_side
 from torchtitan_lite.compare.sides import Source, gather
 from torchtitan_lite.compare.statistics import block_bootstrap, paired_interval, unpaired_interval
-
-FULL = "--activation_checkpoint.mode=full"
-
-
-def write_side(folder: Path, *overrides: str, repeats: int = 5, **made: Any) -> str:
-    for repeat in range(repeats):
-        write_run(folder / f"repeat-{repeat}", *overrides, seed=42 + repeat, **made)
-    return str(folder)
-
-
-def compared(*sources: str, **asked: Any) -> dict[str, Any]:
-    sides, failed = gather([Source(source) for source in sources], 2, None)
-    return document(sides, failed, [], [], {"steps": None, "repeats": None, "target_loss": None, **asked})
-
-
-def pair_of(*sources: str) -> dict[str, Any]:
-    return dict(compared(*sources)["pairs"][0])
 
 
 def test_identical_recipes_differ_in_at_most_one_of_twenty_comparisons(tmp_path: Path) -> None:
@@ -99,6 +80,18 @@ def test_one_run_is_held_to_the_one_of_its_seed(tmp_path: Path) -> None:
     pair = pair_of(str(tmp_path / "a"), one)
     assert (pair["loss"]["gap"], set(pair["loss"]["gaps"])) == (0.0, {0.0})
     assert pair["speed"]["ratio"] == pytest.approx(1.0)
+
+
+def test_several_runs_are_held_to_a_single_one_as_a_whole(tmp_path: Path) -> None:
+    for seed, seconds in ((1, 0.4), (2, 0.8), (3, 0.8)):
+        write_run(tmp_path / "a" / str(seed), seed=seed, step_time_s=seconds)
+    one = str(write_run(tmp_path / "b", seed=4, step_time_s=0.4))
+    speed = pair_of(str(tmp_path / "a"), one)["speed"]
+    assert speed["ratio"] == pytest.approx(4 ** (1 / 3))
+    assert speed["told"].startswith("3 and 1 runs, not in pairs, of which two alike differ")
+    same = str(write_run(tmp_path / "c", seed=1, step_time_s=0.4))
+    told = pair_of(str(tmp_path / "a"), same)["speed"]["told"]
+    assert told.startswith("one run a side with a seed in common, of which two alike differ")
 
 
 def test_ends_are_of_one_stretch_however_often_runs_log(tmp_path: Path) -> None:

@@ -115,11 +115,22 @@ def test_a_changed_key_has_its_reason_above_it_and_a_dropped_one_stays_as_a_comm
         (f'{FQNS} = "layers.1.moe, experts"', "", "changed", {FQNS: ["layers.1.feed_forward", "experts"]}, False),
         (f'{LEFT} = ["output", "moe.router.gate"]', "", "changed", {LEFT: ["output"]}, False),
         (f'{LEFT} = ["moe.shared_experts"]', "", "changed", {LEFT: ["feed_forward.shared"]}, False),
+        (f'{LEFT} = ["output", "moe"]', "", "changed", {LEFT: ["output"]}, False),
+        (f'{LEFT} = "output, moe.router.gate"', "", "changed", {LEFT: ["output"]}, False),
+        (f'{LEFT} = [1, "moe"]', "", "dropped", {}, True),
+        (f'{FQNS} = ["router"]', "", "kept", None, False),
         (f'{LEFT} = ["auto_filter_small_kn"]', "", "changed", {LEFT: ["auto_filter_small"]}, False),
         (f'{LEFT} = ["output", "attention.wk"]', "", "kept", None, False),
         ('quantize.linear.mx.filter_fqns = ["output"]', "", "dropped", {}, False),
         (
             'model.converters = ["quantize.linear.mx"]\nquantize.linear.mx.recipe_name = "mxfp8_cublas"',
+            "quantize.linear.mx.recipe_name",
+            "dropped",
+            {},
+            True,
+        ),
+        (
+            'model.converters = 5\nquantize.linear.mx.recipe_name = "mxfp8_cublas"',
             "quantize.linear.mx.recipe_name",
             "dropped",
             {},
@@ -156,6 +167,7 @@ def test_what_becomes_of_a_key(text: str, key: str, action: str, to: dict[str, A
 
 def test_an_unknown_key_is_named_with_the_nearest_one() -> None:
     assert "did you mean training.steps?" in _told("[training]\nstpes = 1")["training.stpes"].told
+    assert "did you mean training?" in _told("[trainning]\nstpes = 1")["trainning.stpes"].told
     assert _told("[validation]\nall_timesteps = false")["validation.all_timesteps"].told == "no key of TorchTitan 0.2.2"
     assert _told("[encoder]\nclip = 'x'")["encoder.clip"].told == "no key of TorchTitan 0.2.2"
     assert "did you mean optimizer.lr?" in _told("[training]\nlr = 1")["training.lr"].told

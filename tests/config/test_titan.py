@@ -2,12 +2,10 @@
 
 from typing import get_args, get_type_hints
 
-import pytest
-
 from torchtitan_lite.config.loading import refusal
 from torchtitan_lite.config.migration import OURS, entry_of
 from torchtitan_lite.config.schema import Model
-from torchtitan_lite.config.titan import ADDED, DEFAULTS, OF_MODELS, TITAN, Changed, Dropped, Kept, Renamed
+from torchtitan_lite.config.titan import ADDED, DEFAULTS, OF_MODELS, TITAN, Changed, Dropped, Renamed
 
 # Every key of torchtitan/config/job_config.py of 0.2.2.
 KEYS_OF_0_2_2 = {
@@ -107,11 +105,6 @@ def test_every_key_of_torchtitan_is_in_the_table_and_no_other() -> None:
     assert set(TITAN) == _names(KEYS_OF_0_2_2) | _names(KEYS_OF_0_2_0)
 
 
-def test_a_key_of_both_is_never_left_out_by_its_name() -> None:
-    for key in set(TITAN) & OURS:
-        assert isinstance(entry_of(key), (Kept, Changed)), key
-
-
 def test_no_key_that_the_schema_has_is_said_to_be_left_out() -> None:
     assert not [key for key in set(TITAN) & OURS if isinstance(TITAN[key], Dropped)]
 
@@ -126,12 +119,6 @@ def test_every_converter_that_the_schema_has_is_kept() -> None:
 def test_a_key_that_the_schema_lacks_is_left_out_or_renamed() -> None:
     for key in set(TITAN) - OURS:
         assert isinstance(entry_of(key), (Dropped, Renamed)), key
-
-
-def test_a_key_that_the_schema_gets_is_kept_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(entry_of("metrics.enable_wandb"), Dropped)
-    monkeypatch.setattr("torchtitan_lite.config.migration.OURS", OURS | {"metrics.enable_wandb"})
-    assert isinstance(entry_of("metrics.enable_wandb"), Kept)
 
 
 def test_what_takes_the_place_of_a_key_is_a_key_here() -> None:

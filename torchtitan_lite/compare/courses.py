@@ -47,12 +47,14 @@ def seconds_up_to(steps: Sequence[float], times: Sequence[float | None]) -> list
 
 def ends(a: Sequence[Run], b: Sequence[Run], along: str) -> tuple[float, list[float], list[float]]:
     """What all runs have spent at least, and the loss of each run of a and of b there: the mean at the last values of
-    the run that logged most seldom (tail). Of a loss that falls, the mean of a longer stretch, or of another mix of
-    points of it, is another."""
+    the run whose last ones (tail) begin first, as far as all have logged by then. Of a loss that falls, the mean of a
+    longer stretch, or of another mix of points of it, is another."""
     courses = [[spent(run, along) for run in side] for side in (a, b)]
     every = [course for side in courses for course in side]
     most = min(course[-1] for course in every)
-    places = min((tail(_until(course, most)) for course in every), key=lambda course: course[0])
+    least = max(course[0] for course in every)  # before it, a run has no loss
+    seldom = min((tail(_until(course, most)) for course in every), key=lambda course: course[0])
+    places = [place for place in seldom if place >= least] or [most]
     losses = [
         [fmean(_loss_at(run, course, place) for place in places) for run, course in zip(side, each, strict=True)]
         for side, each in zip((a, b), courses, strict=True)

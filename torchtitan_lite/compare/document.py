@@ -66,13 +66,13 @@ def document(
 
 def _pair(a: Side, b: Side, target: float | None) -> dict[str, Any]:
     config, derived = parted(a.described, b.described)
-    # Each pair of runs has a seed of its own; where there is none, seeds are what differs.
-    own = OWN if pairs_of(a.runs, b.runs) else [key for key in OWN if key != "debug.seed"]
     config = {
         section: kept
         for section, keys in config.items()
-        if (kept := {key: pair for key, pair in keys.items() if f"{section}.{key}" not in own})
+        if (kept := {key: pair for key, pair in keys.items() if f"{section}.{key}" not in OWN})
     }
+    if not pairs_of(a.runs, b.runs):  # else each pair has a seed of its own
+        config["debug"] = {**config.get("debug", {}), "seed": (a.runs[0].seed, b.runs[0].seed)}
     shared = ground(a.runs[0], b.runs[0], config, derived)
     pair = {
         "a": a.name,

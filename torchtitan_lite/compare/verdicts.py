@@ -110,7 +110,8 @@ def _at_the_end(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
     if not pairs and logged < SMOOTHED_OVER and min(len(a), len(b)) < _FEW:
         return Loss(
             "not comparable",
-            f"{ground.why}; they have no seed in common, and {logged} logged losses do not tell batches from recipes",
+            f"{ground.why}; they have no seed in common, and {logged} logged losses do not tell batches from recipes: "
+            "log more often (metrics.log_freq), or give them one debug.seed",
             at_equal=equal,
         )
     losses = {id(run): loss for run, loss in zip((*a, *b), (*left, *right), strict=True)}
@@ -123,8 +124,7 @@ def _at_the_end(a: Sequence[Run], b: Sequence[Run], ground: Ground) -> Loss:
     interval, told = _between(a, b, lambda run: losses[id(run)], unrest, in_pairs, _ONE_RUN_LOSS)
     at = {"steps": "at the end", "tokens": "at equal tokens", "flops": "at equal FLOPs"}[ground.along]
     verdict = "different" if interval.excludes(0.0) else "no difference shown"
-    may = ground.why if ground.limit is None else "they have no seed in common"
-    why = f"curves may differ: {may}; smoothed, {at}, {told}"
+    why = f"curves may differ: {ground.why}; smoothed, {at}, {told}"
     return Loss(verdict, why, interval.middle, interval.bounds(), None, steps, gaps, equal)
 
 
@@ -138,17 +138,17 @@ def _between(
 ) -> tuple[Interval, str]:
     """Of b's value over a's, and what it rests on. unrest: by how much it may be off of one run a side. in_pairs: what
     pairs are. alike: by how much two runs of one recipe differ."""
-    pairs = pairs_of(a, b)
-    if len(pairs) < 2 and len(a) > 1 and len(b) > 1:
+    held, fewest, most = pairs_of(a, b), min(len(a), len(b)), max(len(a), len(b))
+    if len(held) > 1 or (held and fewest == 1):
+        interval = paired_interval([value(y) - value(x) for x, y in held])
+        told = f"{len(held)} repeats, {in_pairs}" if len(held) > 1 else "one run a side with a seed in common"
+    else:
         held = list(zip(a, b, strict=False))
         interval = unpaired_interval([value(run) for run in a], [value(run) for run in b])
         told = f"{len(a)} and {len(b)} runs, not in pairs"
-    else:
-        held = pairs or [(a[0], b[0])]
-        interval = paired_interval([value(y) - value(x) for x, y in held])
-        told = f"{len(held)} repeats, {in_pairs}"
-        if len(held) == 1:
-            told = f"one run a side, of which two alike differ by up to {alike:.0%}: repeats say more"
+    if len(held) == 1:
+        what = "one run a side" if most == 1 else told
+        told = f"{what}, of which two alike differ by up to {alike:.0%}: repeats say more"
     if len(held) < _FEW:
         interval = interval.within(max(unrest(x, y) for x, y in held))
     return interval, told

@@ -75,11 +75,9 @@ class _Block:
 
 
 def entry_of(key: str) -> Entry | None:
-    """What the table says of a key, but that a key which the schema has by the same name is kept; None of no key of
+    """What the table says of a key, but that one which the schema lacks cannot be kept; None of no key of
     TorchTitan's."""
     entry = TITAN.get(key)
-    if isinstance(entry, Dropped) and key in OURS:
-        return Kept()
     if isinstance(entry, Kept) and key not in OURS:
         return Dropped("not built yet")
     return entry
@@ -171,6 +169,8 @@ def _unknown(key: str, value: Any, old: Old) -> Told:
     alike = [other for other in TITAN if other.rpartition(".")[2] == name]
     beside = [other.rpartition(".")[2] for other in TITAN if other.rpartition(".")[0] == section]
     hint = nearest(key, alike, cutoff=0.0) or nearest(name, beside, before=f"{section}.")
+    if not beside:
+        hint = hint or nearest(section, sorted({other.rpartition(".")[0] for other in TITAN}), cutoff=0.8)
     return Told(key, "unknown", value, {}, f"no key of TorchTitan 0.2.2{hint}", warning=True)
 
 

@@ -118,24 +118,37 @@ def _module_here(name: str) -> str:
     return ".".join(_PARTS.get(part, part) for part in name.split("."))
 
 
-def _modules(key: str) -> Callable[[Any, Old], dict[str, Any]]:
-    """Names of modules there as they are here: a list, where a string has them too, without the routers."""
+def _is_linear_here(name: str) -> bool:
+    """Of a mixture only the shared expert is; `moe` as such would be all feed-forwards of a dense model."""
+    return "router" not in name and ("moe" not in name.split(".") or "shared_experts" in name)
+
+
+def _modules(key: str, counts: Callable[[str], bool]) -> Callable[[Any, Old], dict[str, Any]]:
+    """Names of modules there as they are here, those that count: a list, where a string has them too."""
 
     def here(value: Any, old: Old) -> dict[str, Any]:
-        names = value.split(",") if isinstance(value, str) else value
-        stripped = [name.strip() for name in names if isinstance(name, str)]
-        return {key: [_module_here(name) for name in stripped if name and "router" not in name]}
+        names = [name.strip() for name in (value.split(",") if isinstance(value, str) else value)]
+        return {key: [_module_here(name) for name in names if name and counts(name)]}
 
     return here
 
 
-def _names_modules_otherwise(key: str) -> Test:
-    here = _modules(key)
-    return lambda value, old: isinstance(value, (str, list)) and here(value, old) != {key: value}
+def _names_modules_otherwise(key: str, counts: Callable[[str], bool]) -> Test:
+    here = _modules(key, counts)
+
+    def test(value: Any, old: Old) -> bool:
+        names = isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+        return names and here(value, old) != {key: value}
+
+    return test
 
 
 def _is_left_alone(converter: str) -> Test:
-    return lambda value, old: converter not in old.get("model.converters", ())
+    def test(value: Any, old: Old) -> bool:
+        converters = old.get("model.converters", [])
+        return isinstance(converters, list) and converter not in converters
+
+    return test
 
 
 def _accumulates_under_a_pipeline(value: Any, old: Old) -> bool:
@@ -314,10 +327,10 @@ _OTHERS: dict[str, Entry] = {
     "activation_checkpoint.determinism_check": Dropped("torch's default check is made", equals("default")),
     "activation_checkpoint.debug": Dropped("recomputation is not traced", equals(False)),
     _NOT_IN_FLOAT8: Changed(
-        '"auto_filter_small_kn" is "auto_filter_small" here, "moe" "feed_forward" and "shared_experts" "shared"; '
-        "routers are left out, they never compute in float8",
-        when=_names_modules_otherwise(_NOT_IN_FLOAT8),
-        to=_modules(_NOT_IN_FLOAT8),
+        'a list here; "auto_filter_small_kn" is "auto_filter_small", "moe.shared_experts" "feed_forward.shared"; '
+        'routers and "moe" are left out: of a mixture only the shared expert is a linear layer here',
+        when=_names_modules_otherwise(_NOT_IN_FLOAT8, _is_linear_here),
+        to=_modules(_NOT_IN_FLOAT8, _is_linear_here),
     ),
     **{
         f"quantize.linear.mx.{key}": Dropped(_NO_MX, _is_left_alone("quantize.linear.mx"))
@@ -325,8 +338,8 @@ _OTHERS: dict[str, Entry] = {
     },
     _EXPERTS_IN_FLOAT8: Changed(
         'a list here, and "moe" is "feed_forward"',
-        when=_names_modules_otherwise(_EXPERTS_IN_FLOAT8),
-        to=_modules(_EXPERTS_IN_FLOAT8),
+        when=_names_modules_otherwise(_EXPERTS_IN_FLOAT8, bool),
+        to=_modules(_EXPERTS_IN_FLOAT8, bool),
     ),
     **{
         f"quantize.grouped_mm.mx.{key}": Dropped(_NO_GROUPED_MX, _is_left_alone("quantize.grouped_mm.mx"))
