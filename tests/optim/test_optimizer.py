@@ -103,6 +103,19 @@ def test_clipping_scales_to_the_norm_and_no_smaller_gradient() -> None:
     assert clip_by_global_norm(parameters, float("inf"), None).item() == pytest.approx(1.0, abs=1e-6)
 
 
+def test_a_norm_is_that_in_float64_whatever_the_gradients_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchtitan_lite.optim.gradients._PIECE", 1000)
+    made = torch.Generator().manual_seed(0)
+    grads = [torch.randn(shape, generator=made) for shape in ((2500,), (40, 75), (0, 3), ())]
+    grads[1] = grads[1].t()
+    for dtype in (torch.float32, torch.bfloat16):
+        parameters = [torch.nn.Parameter(torch.zeros_like(grad, dtype=dtype)) for grad in grads]
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad.to(dtype)
+        wide = torch.cat([grad.to(dtype).double().flatten() for grad in grads])
+        assert clip_by_global_norm(parameters, 1e9, None).item() == pytest.approx(wide.norm().item(), rel=1e-14)
+
+
 def test_the_loss_sums_over_valid_tokens() -> None:
     logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([[1, IGNORE, 2], [IGNORE, IGNORE, 3]])

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+_PIECE = 1 << 16  # values: half a MiB in float64
+
 
 def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float, stages: dist.ProcessGroup | None) -> Tensor:
     """Scale gradients in place to a global L2 norm of at most `max_norm`; return the norm before: float64 scalar.
@@ -46,8 +48,14 @@ def _sharded_over(grad: Tensor) -> tuple[DeviceMesh, tuple[int, ...]] | None:
 
 
 def _squared_sum(local: list[Tensor]) -> Tensor:
-    norms = torch._foreach_norm(local, 2, dtype=torch.float64)
-    return torch.stack(norms).square().sum()
+    if local[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(local, 2, dtype=torch.float64)).square().sum()
+    # There it writes each gradient out in float64 first; a piece of one stays in the cache.
+    wide, squares = local[0].new_empty(_PIECE, dtype=torch.float64), []
+    for piece in (piece for each in local for piece in each.flatten().split(_PIECE)):
+        into = wide[: piece.numel()].copy_(piece)
+        squares.append(torch.dot(into, into))
+    return torch.stack(squares).sum()
 
 
 def _sum_over_shards(squares: Tensor, key: tuple[DeviceMesh, tuple[int, ...]] | None) -> Tensor:
