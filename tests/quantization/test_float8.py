@@ -1,6 +1,7 @@
 """Float8: which layers, what is refused, how far the numbers move, and the same on every mesh."""
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -217,6 +218,30 @@ def test_a_run_leaves_the_output_out_that_is_one_with_its_loss(pool: RankPool, r
     ((line, rounds),) = pool.run(_assembled, 1, str(recipe))
     assert line.endswith("; not output: in one with the loss (training.loss_chunks)")
     assert rounds
+
+
+def _warned(recipe: str) -> list[str]:
+    """What a step in float8 warns of, with all layers in one unit of FSDP but for the root."""
+    import torch.distributed as dist
+
+    from torchtitan_lite.assembly import Recipe, assemble
+    from torchtitan_lite.data.loader import Batch
+    from torchtitan_lite.distributed.mesh import build_mesh
+    from torchtitan_lite.preflight import plan_job
+
+    plan = plan_job(recipe, [], 2)
+    parts = Recipe(plan.config, plan.dims, plan.spec, plan.model_args, plan.parallel, plan.pipeline)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = assemble(parts, build_mesh(plan.dims, "cpu"), CPU, dist.get_rank())
+        rows = torch.randint(384, (1, 33))
+        model.forward_backward([Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())])
+    return [str(each.message) for each in told if "view tensor" in str(each.message)]
+
+
+def test_views_that_our_models_return_are_no_users_business(pool: RankPool, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace('filter_fqns = ["output"]', "filter_fqns = []"))
+    assert pool.run(_warned, 2, str(recipe)) == [[], []]
 
 
 def _train_as_on_cuda(recipe: str, *overrides: str) -> int:

@@ -24,7 +24,8 @@ logger = logging.getLogger("torchtitan_lite")
 
 _MULTIPLE = 16  # of which rows and columns must be, for the hardware
 _AUTO = "auto_filter_small"
-_OUR_VIEWS = "FSDPRMSNorm, FSDPFloat8Linear|FSDPDecoder"
+# The last of FSDP's units, which small blocks before it join, and a model that is a single one.
+_OUR_VIEWS = r"(FSDP(Embedding|Block), )*FSDPRMSNorm, FSDPFloat8Linear|FSDPDecoder"
 _KEY = "quantize.linear.float8"
 
 
