@@ -140,9 +140,9 @@ def bias_per_rank() -> Iterator[None]:
 @mutant("bias moved twice a step", mixture(2, local=1))
 def bias_twice() -> Iterator[None]:
     def twice(right: Any) -> Any:
-        def step(self: Any) -> Tensor:
+        def step(self: Any, skip: Any) -> Tensor:
             self._rate *= 2
-            counted = right(self)
+            counted = right(self, skip)
             self._rate /= 2
             return counted  # type: ignore[no-any-return]
 

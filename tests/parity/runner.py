@@ -112,7 +112,7 @@ F8_LIMITS = {
     "balance": 0,
     "loss": 1e-6,
     "norm": 1e-5,
-    "grad": 5e-3,
+    "grad": 1e-2,
     "losses": 2e-4,
     "validation": 2e-4,
 }
