@@ -55,7 +55,7 @@ class ExchangedSums(ReduceScatter):
     """A unit's reduce-scatter, in the place of torch's own.
 
     What FSDP does with the result before the backward ends decides whether it may come late: it only cuts it into
-    gradients, unless it adds it to ones that are there, sums it over replicas, or copies it to the host.
+    gradients, unless it divides it, adds it to ones that are there, sums it over replicas, or copies it to the host.
     """
 
     def __init__(self, group: FSDPParamGroup, late: LateSums) -> None:
@@ -80,6 +80,7 @@ class ExchangedSums(ReduceScatter):
         group = self._group
         return (
             torch._C._current_graph_task_id() != -1  # within a backward pass, whose end takes what is left
+            and group.gradient_divide_factor == 1.0
             and not group._is_hsdp
             and all(each.sharded_param.grad is None and not each.offload_to_cpu for each in group.fsdp_params)
         )
