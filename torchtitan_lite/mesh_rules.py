@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import ceil, floor, gcd, lcm, log10
 from operator import attrgetter
-from typing import Any
 
 from torchtitan_lite.config.resolution import uses_float8, uses_grouped_float8
 from torchtitan_lite.config.schema import JobConfig
@@ -225,7 +224,129 @@ RULES: tuple[Callable[[Case], None], ...] = (
 )
 
 
-_Needs = tuple[tuple[object, str, str], ...]  # what makes keys count, why they do not else, the keys
+@dataclass(frozen=True)
+class _Need:
+    """What keys of a section (names, or all of them) need to count, and why they do not else. met: of the recipe and of
+    whether the model has experts."""
+
+    section: str
+    keys: str
+    reason: str
+    met: Callable[[JobConfig, bool], object]
+
+
+def _uses_muon(config: JobConfig, experts: bool) -> bool:
+    return "Muon" in {config.optimizer.name, *(group.optimizer_name for group in config.optimizer.param_groups)}
+
+
+def _has_experts(config: JobConfig, experts: bool) -> bool:
+    return experts
+
+
+_ALL, _NO_EXPERTS = "", "on a model without experts"
+_NEEDS = (
+    _Need(
+        "parallelism",
+        "disable_loss_parallel",
+        "while parallelism.tensor_parallel_degree = 1",
+        lambda config, _: config.parallelism.tensor_parallel_degree > 1,
+    ),
+    _Need(
+        "parallelism",
+        "context_parallel_rotate_method",
+        "while parallelism.context_parallel_degree = 1",
+        lambda config, _: config.parallelism.context_parallel_degree > 1,
+    ),
+    _Need(
+        "parallelism",
+        "pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "
+        "pipeline_parallel_layers_per_stage module_fqns_per_model_part",
+        "while parallelism.pipeline_parallel_degree = 1",
+        lambda config, _: config.parallelism.pipeline_parallel_degree > 1,
+    ),
+    _Need(
+        "activation_checkpoint",
+        "selective_ac_option",
+        'without activation_checkpoint.mode = "selective"',
+        lambda config, _: config.activation_checkpoint.mode == "selective",
+    ),
+    _Need(
+        "activation_checkpoint",
+        "per_op_sac_force_recompute_mm_shapes_by_fqns",
+        'without activation_checkpoint.selective_ac_option = "op"',
+        lambda config, _: config.activation_checkpoint.selective_ac_option == "op",
+    ),
+    _Need(
+        "activation_checkpoint",
+        "memory_budget",
+        'without activation_checkpoint.mode = "memory_budget"',
+        lambda config, _: config.activation_checkpoint.mode == "memory_budget",
+    ),
+    _Need("optimizer", "momentum ns_steps adjust_lr_fn", "without Muon", _uses_muon),
+    _Need("compile", "backend components", "while compile.enable = false", lambda config, _: config.compile.enable),
+    _Need(
+        "quantize.linear.float8",
+        _ALL,
+        'without "quantize.linear.float8" in model.converters',
+        lambda config, _: uses_float8(config),
+    ),
+    _Need(
+        "quantize.grouped_mm.float8",
+        _ALL,
+        'without "quantize.grouped_mm.float8" in model.converters',
+        lambda config, _: uses_grouped_float8(config),
+    ),
+    _Need("moe", _ALL, _NO_EXPERTS, _has_experts),
+    _Need(
+        "moe",
+        "overlap_halves",
+        "while parallelism.expert_parallel_degree = 1",
+        lambda config, experts: not experts or config.parallelism.expert_parallel_degree > 1,
+    ),
+    _Need("debug", "moe_force_load_balance", _NO_EXPERTS, _has_experts),
+    _Need(
+        "profiling",
+        "save_traces_folder profiler_active profiler_warmup",
+        "while profiling.enable_profiling = false",
+        lambda config, _: config.profiling.enable_profiling,
+    ),
+    _Need(
+        "profiling",
+        "profile_freq",
+        "while profiling.enable_profiling and profiling.enable_memory_snapshot are false",
+        lambda config, _: config.profiling.enable_profiling or config.profiling.enable_memory_snapshot,
+    ),
+    _Need(
+        "profiling",
+        "save_memory_snapshot_folder",
+        "while profiling.enable_memory_snapshot = false",
+        lambda config, _: config.profiling.enable_memory_snapshot,
+    ),
+    _Need(
+        "checkpoint",
+        "interval interval_minutes keep_latest_k async_mode strict load_step last_save_model_only",
+        "while checkpoint.enable = false",
+        lambda config, _: config.checkpoint.enable,
+    ),
+    _Need(
+        "checkpoint",
+        "initial_load_model_only",
+        "while checkpoint.initial_load_path is empty",
+        lambda config, _: config.checkpoint.initial_load_path,
+    ),
+    _Need(
+        "faults",
+        "max_in_a_row then",
+        "while faults.skip_nonfinite = false",
+        lambda config, _: config.faults.skip_nonfinite,
+    ),
+    _Need(
+        "faults",
+        "warmup_steps",
+        "while faults.loss_spike_sigmas and faults.grad_norm_spike_sigmas are 0",
+        lambda config, _: config.faults.loss_spike_sigmas or config.faults.grad_norm_spike_sigmas,
+    ),
+)
 
 
 def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
@@ -233,111 +354,16 @@ def without_effect(config: JobConfig, *, experts: bool) -> list[str]:
 
     experts: whether the model has some.
     """
-    parallelism, checkpoint, faults = config.parallelism, config.checkpoint, config.faults
-    checkpointing, profiling = config.activation_checkpoint, config.profiling
-    muon = "Muon" in {config.optimizer.name, *(group.optimizer_name for group in config.optimizer.param_groups)}
-    no_experts, one_rank = "on a model without experts", "while parallelism.expert_parallel_degree = 1"
-    needs: dict[str, _Needs] = {
-        "parallelism": (
-            (
-                parallelism.tensor_parallel_degree > 1,
-                "while parallelism.tensor_parallel_degree = 1",
-                "disable_loss_parallel",
-            ),
-            (
-                parallelism.context_parallel_degree > 1,
-                "while parallelism.context_parallel_degree = 1",
-                "context_parallel_rotate_method",
-            ),
-            (
-                parallelism.pipeline_parallel_degree > 1,
-                "while parallelism.pipeline_parallel_degree = 1",
-                "pipeline_parallel_schedule pipeline_parallel_schedule_csv pipeline_parallel_microbatch_size "
-                "pipeline_parallel_layers_per_stage module_fqns_per_model_part",
-            ),
-        ),
-        "activation_checkpoint": (
-            (
-                checkpointing.mode == "selective",
-                'without activation_checkpoint.mode = "selective"',
-                "selective_ac_option",
-            ),
-            (
-                checkpointing.selective_ac_option == "op",
-                'without activation_checkpoint.selective_ac_option = "op"',
-                "per_op_sac_force_recompute_mm_shapes_by_fqns",
-            ),
-            (
-                checkpointing.mode == "memory_budget",
-                'without activation_checkpoint.mode = "memory_budget"',
-                "memory_budget",
-            ),
-        ),
-        "optimizer": ((muon, "without Muon", "momentum ns_steps adjust_lr_fn"),),
-        "compile": ((config.compile.enable, "while compile.enable = false", "backend components"),),
-        "quantize.linear.float8": (
-            (
-                uses_float8(config),
-                'without "quantize.linear.float8" in model.converters',
-                " ".join(vars(config.quantize.linear.float8)),
-            ),
-        ),
-        "quantize.grouped_mm.float8": (
-            (
-                uses_grouped_float8(config),
-                'without "quantize.grouped_mm.float8" in model.converters',
-                " ".join(vars(config.quantize.grouped_mm.float8)),
-            ),
-        ),
-        "moe": (
-            (experts, no_experts, " ".join(vars(config.moe))),
-            (not experts or parallelism.expert_parallel_degree > 1, one_rank, "overlap_halves"),
-        ),
-        "debug": ((experts, no_experts, "moe_force_load_balance"),),
-        "profiling": (
-            (
-                profiling.enable_profiling,
-                "while profiling.enable_profiling = false",
-                "save_traces_folder profiler_active profiler_warmup",
-            ),
-            (
-                profiling.enable_profiling or profiling.enable_memory_snapshot,
-                "while profiling.enable_profiling and profiling.enable_memory_snapshot are false",
-                "profile_freq",
-            ),
-            (
-                profiling.enable_memory_snapshot,
-                "while profiling.enable_memory_snapshot = false",
-                "save_memory_snapshot_folder",
-            ),
-        ),
-        "checkpoint": (
-            (
-                checkpoint.enable,
-                "while checkpoint.enable = false",
-                "interval interval_minutes keep_latest_k async_mode strict load_step last_save_model_only",
-            ),
-            (checkpoint.initial_load_path, "while checkpoint.initial_load_path is empty", "initial_load_model_only"),
-        ),
-        "faults": (
-            (faults.skip_nonfinite, "while faults.skip_nonfinite = false", "max_in_a_row then"),
-            (
-                faults.loss_spike_sigmas or faults.grad_norm_spike_sigmas,
-                "while faults.loss_spike_sigmas and faults.grad_norm_spike_sigmas are 0",
-                "warmup_steps",
-            ),
-        ),
-    }
-    return [line for name, conditions in needs.items() for line in _idle(name, attrgetter(name)(config), conditions)]
+    return [line for need in _NEEDS if not need.met(config, experts) for line in _idle(need, config)]
 
 
-def _idle(name: str, section: Any, needs: _Needs) -> Iterator[str]:
-    """A line for each changed key of a section whose need is not met."""
+def _idle(need: _Need, config: JobConfig) -> Iterator[str]:
+    """A line for each key of the section that is changed."""
+    section = attrgetter(need.section)(config)
     defaults = type(section)()
-    for met, reason, keys in needs:
-        for key in () if met else keys.split():
-            if (value := getattr(section, key)) != getattr(defaults, key):
-                yield f"{name}.{key} = {value} has no effect {reason}"
+    for key in need.keys.split() or vars(section):
+        if (value := getattr(section, key)) != getattr(defaults, key):
+            yield f"{need.section}.{key} = {value} has no effect {need.reason}"
 
 
 def _compiles_blocks(case: Case) -> bool:
