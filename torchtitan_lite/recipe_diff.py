@@ -85,11 +85,16 @@ def _is_run(path: Path) -> bool:
 
 def of_run(path: Path) -> Side:
     """The side of a run folder or its config.json. Raises UserError where there is none."""
+    return recorded(path)[0]
+
+
+def recorded(path: Path) -> tuple[Side, dict[str, Any]]:
+    """As of_run, with all that the config.json holds."""
     file = path / "config.json" if path.is_dir() else path
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         config, derived, ranks = dict(record["config"]), dict(record["derived"]), int(record["world_size"])
-        return Side(str(path), config, derived, tuple(record.get("filled", ())), ranks)
+        return Side(str(path), config, derived, tuple(record.get("filled", ())), ranks), record
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; name a recipe, or the folder of a run that has started") from None
     except OSError as error:

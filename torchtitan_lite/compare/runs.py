@@ -1,6 +1,5 @@
 """One finished run as its folder tells it: curves, times, and how it ended. No torch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from torchtitan_lite.errors import UserError
 from torchtitan_lite.observability.run_view import FAILURES
 from torchtitan_lite.observability.sinks import read_lines
 from torchtitan_lite.recipe_diff import Side as Described
-from torchtitan_lite.recipe_diff import of_run
+from torchtitan_lite.recipe_diff import recorded
 
 SMOOTHED_OVER = 5  # logged values, at least, of which the end of a run is the mean
 _WARM_UP = (1, 20)  # steps whose times do not count, at least and at most; a tenth of the run between
@@ -112,7 +111,7 @@ def read_run(folder: Path) -> Run:
     version leaves them."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run; name a run folder (job.dump_folder), or a recipe ending in .toml")
-    described, record = of_run(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described, record = recorded(folder)
     require_config(record, folder / "config.json")
     lines = counting(read_lines(folder / "metrics.jsonl"), folder / "metrics.jsonl")
     if not lines:
